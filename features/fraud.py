@@ -1,0 +1,80 @@
+"""The flagship: what is known of a card transaction when it must be judged.
+
+The fifteen inputs of the fraud detection handbook (chapter 3, "Baseline feature transformation"),
+declared once; the stream and the offline replay both run from here. Calendar features are in UTC,
+as in the handbook.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from features.declare import Count, FeatureSet, FeatureView, Mean, Ratio, Value, stateless
+from features.events import Event, EventTime, Key, Money
+
+
+class Transaction(Event):
+    """A card payment asking for a verdict; partitioned by card."""
+
+    transaction_id: Key
+    card_id: Key
+    terminal_id: Key
+    event_time: EventTime
+    amount: Money
+
+
+class FraudReport(Event):
+    """News that a transaction was fraud; ``event_time`` is the transaction's."""
+
+    transaction_id: Key
+    terminal_id: Key
+    event_time: EventTime
+    report_time: EventTime
+
+
+_DAY = 86_400_000
+_HOUR = 3_600_000
+
+
+@stateless()
+def during_weekend(event_time: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """1 on Saturday and Sunday (1970-01-01 was a Thursday)."""
+    return (event_time // _DAY + 3) % 7 >= 5
+
+
+@stateless()
+def during_night(event_time: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """1 from midnight to 06:59:59.999."""
+    return event_time % _DAY // _HOUR <= 6
+
+
+WINDOWS = ("1d", "7d", "30d")
+
+CARD = FeatureView(
+    "card",
+    key="card_id",
+    of=Transaction,
+    features=[Count(over=WINDOWS), Mean("amount", over=WINDOWS)],
+)
+
+#: Fraud becomes known within seven days, so a terminal's risk is taken that long ago, when a
+#: transaction that nobody has reported may count as legitimate.
+TERMINAL = FeatureView(
+    "terminal",
+    key="terminal_id",
+    of=Transaction,
+    delay="7d",
+    features=[
+        Count(over=WINDOWS),
+        Ratio(Count(source=FraudReport), Count(), over=WINDOWS, empty=0.0, name="risk"),
+    ],
+)
+
+FRAUD = FeatureSet(
+    "fraud",
+    of=Transaction,
+    features=[Value("amount"), during_weekend, during_night, CARD, TERMINAL],
+)

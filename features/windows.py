@@ -1,0 +1,886 @@
+"""The window kernel: exact answers for every event, at a cost that does not grow with the windows.
+
+For each entity (one value of the view's key) and event type the kernel keeps a *log*: the
+entries that some window may still need, ordered by time (equal times: by arrival), with
+*exclusive prefix sums* of their values. The sum over any window is then the difference of two
+prefix sums, exact because all values are integers. The two ends of a window are found from where
+they were for the entity's previous event and only walk forward, so an in-order event costs
+O(windows) amortised, however many events the windows hold. A late event is answered by binary
+search and inserted by shifting the entries newer than it.
+
+Maxima and minima come from one *staircase* per log and column: the entries not dominated by a
+newer one, shared by all windows of the view. A late event's extremum is found by scanning its
+window.
+
+All entries of a shard live in pooled arrays, a region of power-of-two size per log. Everything
+hot is compiled; see ``features/declare.py`` for the window rule that all of this implements.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+from features.batch import Column, EventBatch
+from features.declare import FeatureView, milliseconds
+from features.events import Event
+
+Int = npt.NDArray[np.int64]
+
+#: Version of the snapshot's bytes.
+FORMAT = 1
+_MAGIC = b"WINDOWS\x00"
+_HEADER = struct.Struct("<8sHI")  # magic, format, length of the description that follows
+
+_NONE = np.iinfo(np.int64).min  # no extremum
+_NO_PREVIOUS = -1
+
+# Columns of `meta`, per entity and log; window w's lower end follows at _LO + w. All but _OFFSET
+# count from the region's start.
+_OFFSET, _CAPACITY, _START, _END, _HI, _LO = 0, 1, 2, 3, 4, 5
+# Columns of `stairs`, per entity, log and extremum; window w's pointer follows at _POINTER + w.
+_FIRST, _LAST, _POINTER = 0, 1, 2
+# Slots of `counters`.
+_FRONTIER, _ENTITIES, _TOP, _LATE, _TOO_LATE = 0, 1, 2, 3, 4
+_SMALLEST_REGION = 4
+
+_DONE, _GROW_ENTITIES, _GROW_POOL = 0, 1, 2
+
+
+class _Arrays(NamedTuple):
+    """The state of one shard of one view."""
+
+    slots: npt.NDArray[np.int32]  # hash table: entity or −1; length a power of two
+    hashes: npt.NDArray[np.uint64]  # per entity
+    keys: npt.NDArray[np.uint8]  # per entity: the key's bytes, zero padded
+    meta: Int  # entity × log × (offset, capacity, start, end, hi, lo…)
+    stairs: Int  # entity × log × extremum × (first, last, pointer…)
+    times: Int  # pool
+    prefix: Int  # sum × pool: sum of the log's values before this entry
+    peaks: Int  # extremum × pool: the entry's own value (negated for a minimum)
+    stair_times: Int  # extremum × pool
+    stair_values: Int  # extremum × pool
+    free: Int  # size class → offset of a free region or −1; linked through `times`
+    counters: Int
+
+
+class _Rule(NamedTuple):
+    """What the kernel needs of the declaration."""
+
+    log_of: npt.NDArray[np.int8]  # source code → log or −1
+    answered: int  # source code of the rows that are answered
+    windows: Int  # lengths in ms
+    delay: int
+    horizon: int
+    lateness: int
+    tick: int
+    merges: bool  # sum 0 of every log is then its entries' number of events
+
+
+@nb.njit(cache=True, inline="always")
+def _hash(key, width):  # type: ignore[no-untyped-def]
+    """FNV-1a over the key's bytes, finished like MurmurHash3; independent of padding."""
+    while width > 0 and key[width - 1] == 0:
+        width -= 1
+    h = np.uint64(0xCBF29CE484222325)
+    for i in range(width):
+        h = (h ^ np.uint64(key[i])) * np.uint64(0x100000001B3)
+    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return h ^ (h >> np.uint64(33))
+
+
+@nb.njit(cache=True)
+def _shards_of(keys, shards, out):  # type: ignore[no-untyped-def]
+    for i in range(len(keys)):
+        # The low bits choose the slot within a shard, so take the high ones here.
+        out[i] = np.int64((_hash(keys[i], keys.shape[1]) >> np.uint64(32)) % np.uint64(shards))
+
+
+def shards_of(keys: npt.NDArray[np.bytes_], shards: int) -> npt.NDArray[np.int64]:
+    """Return the virtual shard of each key: a stable hash, the same in every process and run.
+
+    >>> shards_of(np.array([b"C0001", b"C0002", b"C0001"]), 16).tolist()
+    [5, 3, 5]
+    """
+    out = np.empty(len(keys), np.int64)
+    _shards_of(_key_bytes(keys), shards, out)
+    return out
+
+
+def _key_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint8]:
+    keys = np.require(keys, requirements=["C", "W"])
+    return keys.view(np.uint8).reshape(len(keys), keys.dtype.itemsize)
+
+
+@nb.njit(cache=True)
+def _find(state, h, key):  # type: ignore[no-untyped-def]
+    """Return the entity with this key, or −1."""
+    mask = np.int64(len(state.slots) - 1)
+    slot = np.int64(h & np.uint64(mask))
+    while True:
+        entity = state.slots[slot]
+        if entity < 0:
+            return np.int64(-1)
+        if state.hashes[entity] == h:
+            same = True
+            for j in range(state.keys.shape[1]):
+                byte = key[j] if j < len(key) else np.uint8(0)
+                if state.keys[entity, j] != byte:
+                    same = False
+                    break
+            if same:
+                return np.int64(entity)
+        slot = (slot + 1) & mask
+
+
+@nb.njit(cache=True)
+def _add(state, h, key):  # type: ignore[no-untyped-def]
+    """Append an entity; the caller has made sure of room."""
+    entity = state.counters[_ENTITIES]
+    state.counters[_ENTITIES] += 1
+    state.hashes[entity] = h
+    state.keys[entity, :] = 0
+    for j in range(min(len(key), state.keys.shape[1])):
+        state.keys[entity, j] = key[j]
+    state.meta[entity] = 0
+    state.stairs[entity] = 0
+    mask = np.int64(len(state.slots) - 1)
+    slot = np.int64(h & np.uint64(mask))
+    while state.slots[slot] >= 0:
+        slot = (slot + 1) & mask
+    state.slots[slot] = entity
+    return entity
+
+
+@nb.njit(cache=True)
+def _size_class(size):  # type: ignore[no-untyped-def]
+    k = 0
+    while (1 << k) < size:
+        k += 1
+    return k
+
+
+@nb.njit(cache=True)
+def _allocate(state, size):  # type: ignore[no-untyped-def]
+    """Return the offset of a free region of this power-of-two size, or −1 if the pool is full."""
+    k = _size_class(size)
+    offset = state.free[k]
+    if offset >= 0:
+        state.free[k] = state.times[offset]
+        return offset
+    offset = state.counters[_TOP]
+    if offset + size > len(state.times):
+        return np.int64(-1)
+    state.counters[_TOP] = offset + size
+    return offset
+
+
+@nb.njit(cache=True)
+def _make_room(state, m, stairs, limit):  # type: ignore[no-untyped-def]
+    """Make room for one more entry in a log: forget what expired, shift down, or move to a region
+    twice the size. False if the pool has none."""
+    capacity = m[_CAPACITY]
+    # One slot stays free: prefix sums need one more place than there are entries.
+    if m[_END] + 1 < capacity:
+        return True
+    offset = m[_OFFSET]
+    start, end = m[_START], m[_END]
+    while start < end and state.times[offset + start] <= limit:
+        start += 1
+    m[_START] = start
+    live = end - start
+    target = offset
+    size = capacity
+    if live * 2 > capacity or capacity == 0:
+        size = max(capacity * 2, _SMALLEST_REGION)
+        target = _allocate(state, size)
+        if target < 0:
+            return False
+    for i in range(live):
+        state.times[target + i] = state.times[offset + start + i]
+    if capacity > 0:
+        for v in range(state.prefix.shape[0]):
+            for i in range(live + 1):
+                state.prefix[v, target + i] = state.prefix[v, offset + start + i]
+    else:
+        for v in range(state.prefix.shape[0]):
+            state.prefix[v, target] = 0
+    for x in range(state.peaks.shape[0]):
+        for i in range(live):
+            state.peaks[x, target + i] = state.peaks[x, offset + start + i]
+        # The staircase: keep what some window may still point at.
+        first, last = stairs[x, _FIRST], stairs[x, _LAST]
+        while first < last and state.stair_times[x, offset + first] <= limit:
+            first += 1
+        for i in range(last - first):
+            state.stair_times[x, target + i] = state.stair_times[x, offset + first + i]
+            state.stair_values[x, target + i] = state.stair_values[x, offset + first + i]
+        for w in range(_POINTER, stairs.shape[1]):
+            stairs[x, w] = max(stairs[x, w] - first, 0)
+        stairs[x, _FIRST] = 0
+        stairs[x, _LAST] = last - first
+    if target != offset and capacity > 0:
+        k = _size_class(capacity)
+        state.times[offset] = state.free[k]
+        state.free[k] = offset
+    m[_OFFSET] = target
+    m[_CAPACITY] = size
+    m[_START] = 0
+    m[_END] = live
+    for j in range(_HI, len(m)):
+        m[j] = max(m[j] - start, 0)
+    return True
+
+
+@nb.njit(cache=True)
+def _first_after(times, begin, end, bound):  # type: ignore[no-untyped-def]
+    """Binary search: the first index in [begin, end] whose time is > bound."""
+    while begin < end:
+        middle = (begin + end) >> 1
+        if times[middle] <= bound:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+@nb.njit(cache=True)
+def _insert(state, m, stairs, t, values, peaks, merges):  # type: ignore[no-untyped-def]
+    """Put an entry into its log, after entries of the same time; room has been made."""
+    base = m[_OFFSET]
+    start, end = m[_START], m[_END]
+    at = end
+    if end > start and state.times[base + end - 1] > t:
+        at = _first_after(state.times[base : base + end], start, end, t)
+    merged = merges and at > start and state.times[base + at - 1] == t
+    if merged:
+        at -= 1
+        for v in range(state.prefix.shape[0]):
+            for i in range(at + 1, end + 1):
+                state.prefix[v, base + i] += values[v]
+        for x in range(state.peaks.shape[0]):
+            if at < m[_HI] and peaks[x] > state.peaks[x, base + at]:
+                _step_in(state, base, stairs[x], x, t, peaks[x])
+            state.peaks[x, base + at] = max(state.peaks[x, base + at], peaks[x])
+    else:
+        for i in range(end, at, -1):
+            state.times[base + i] = state.times[base + i - 1]
+        state.times[base + at] = t
+        for v in range(state.prefix.shape[0]):
+            for i in range(end, at - 1, -1):
+                state.prefix[v, base + i + 1] = state.prefix[v, base + i] + values[v]
+        for x in range(state.peaks.shape[0]):
+            for i in range(end, at, -1):
+                state.peaks[x, base + i] = state.peaks[x, base + i - 1]
+            state.peaks[x, base + at] = peaks[x]
+        m[_END] = end + 1
+        if at < m[_HI]:  # windows have already gone past this time
+            for x in range(state.peaks.shape[0]):
+                _step_in(state, base, stairs[x], x, t, peaks[x])
+        for j in range(_HI, len(m)):
+            if at < m[j]:
+                m[j] += 1
+
+
+@nb.njit(cache=True)
+def _step_in(state, base, stair, x, t, peak):  # type: ignore[no-untyped-def]
+    """Put a late entry into a staircase: falling values, ascending times."""
+    times, values = state.stair_times[x], state.stair_values[x]
+    first, last = stair[_FIRST], stair[_LAST]
+    q = last
+    while q > first and times[base + q - 1] > t:
+        q -= 1
+    if q < last and values[base + q] >= peak:
+        return  # a newer entry dominates it
+    r = q
+    while r > first and values[base + r - 1] <= peak:
+        r -= 1
+    # Entries [r, q) are dominated by the new one, which takes their place.
+    shift = 1 - (q - r)
+    if shift == 1:
+        for i in range(last, q, -1):
+            times[base + i] = times[base + i - 1]
+            values[base + i] = values[base + i - 1]
+    elif shift < 0:
+        for i in range(q, last):
+            times[base + i + shift] = times[base + i]
+            values[base + i + shift] = values[base + i]
+    times[base + r] = t
+    values[base + r] = peak
+    stair[_LAST] = last + shift
+    for w in range(_POINTER, len(stair)):
+        stair[w] = min(stair[w], r)
+
+
+@nb.njit(cache=True)
+def _climb(state, base, stair, x, begin, end):  # type: ignore[no-untyped-def]
+    """Append entries [begin, end) of the log to a staircase, dropping those they dominate."""
+    times, values = state.stair_times[x], state.stair_values[x]
+    first, last = stair[_FIRST], stair[_LAST]
+    for i in range(begin, end):
+        peak = state.peaks[x, base + i]
+        while last > first and values[base + last - 1] <= peak:
+            last -= 1
+        times[base + last] = state.times[base + i]
+        values[base + last] = peak
+        last += 1
+        for w in range(_POINTER, len(stair)):
+            stair[w] = min(stair[w], last - 1)
+    stair[_LAST] = last
+
+
+@nb.njit(cache=True)
+def _answer(state, m, stairs, rule, t, limit, own, counts, sums, peaks):  # type: ignore[no-untyped-def]
+    """Fill in one row's answers from one log; return the ms since the previous event or −1."""
+    base = m[_OFFSET]
+    start, end = m[_START], m[_END]
+    upper = t - rule.delay
+    times = state.times[base : base + end]
+    hi = max(m[_HI], start)
+    late = hi > start and times[hi - 1] > upper
+    if late:
+        hi = _first_after(times, start, hi, upper)
+    else:
+        before = hi
+        while hi < end and times[hi] <= upper:
+            hi += 1
+        m[_HI] = hi
+        for x in range(state.peaks.shape[0]):
+            _climb(state, base, stairs[x], x, before, hi)
+    for w in range(len(rule.windows)):
+        bound = max(upper - rule.windows[w], limit)
+        lo = max(m[_LO + w], start)
+        if lo > start and times[lo - 1] > bound:
+            lo = _first_after(times, start, lo, bound)
+        else:
+            while lo < end and times[lo] <= bound:
+                lo += 1
+            m[_LO + w] = lo
+        lo = min(lo, hi)
+        if rule.merges:
+            counts[w] = state.prefix[0, base + hi] - state.prefix[0, base + lo] if end > 0 else 0
+        else:
+            counts[w] = hi - lo
+        for v in range(state.prefix.shape[0]):
+            sums[v, w] = state.prefix[v, base + hi] - state.prefix[v, base + lo] if end > 0 else 0
+        for x in range(state.peaks.shape[0]):
+            best = np.int64(_NONE)
+            if late:
+                for i in range(lo, hi):
+                    best = max(best, state.peaks[x, base + i])
+            else:
+                p = max(stairs[x, _POINTER + w], stairs[x, _FIRST])
+                last = stairs[x, _LAST]
+                if p > stairs[x, _FIRST] and state.stair_times[x, base + p - 1] > bound:
+                    p = _first_after(
+                        state.stair_times[x, base : base + last], stairs[x, _FIRST], p, bound
+                    )
+                else:
+                    while p < last and state.stair_times[x, base + p] <= bound:
+                        p += 1
+                    stairs[x, _POINTER + w] = p
+                if p < last:
+                    best = state.stair_values[x, base + p]
+            peaks[x, w] = best
+    previous = hi - 1
+    if own:
+        if rule.merges and state.prefix[0, base + hi] - state.prefix[0, base + hi - 1] > 1:
+            return np.int64(0)  # another event of the same tick
+        previous -= 1
+    if previous >= start and times[previous] > limit:
+        return t - times[previous]
+    return np.int64(_NO_PREVIOUS)
+
+
+@nb.njit(cache=True)
+def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since, begin):  # type: ignore[no-untyped-def]
+    """Process rows from `begin` in order; return (row, _DONE or what must grow first)."""
+    counters = state.counters
+    for i in range(begin, len(t)):
+        log = rule.log_of[source[i]]
+        answered = source[i] == rule.answered
+        tick = t[i] // rule.tick * rule.tick
+        h = _hash(keys[i], keys.shape[1])
+        entity = _find(state, h, keys[i])
+        if entity < 0:
+            n = counters[_ENTITIES]
+            if n >= len(state.hashes) or (n + 1) * 2 > len(state.slots):
+                return i, _GROW_ENTITIES
+            entity = _add(state, h, keys[i])
+        limit = max(counters[_FRONTIER], tick) - rule.horizon
+        enters = log >= 0 and tick > limit
+        if enters and not _make_room(
+            state, state.meta[entity, log], state.stairs[entity, log], limit
+        ):
+            return i, _GROW_POOL
+        if tick < counters[_FRONTIER]:
+            if tick < counters[_FRONTIER] - rule.lateness:
+                counters[_TOO_LATE] += 1
+            if answered:
+                counters[_LATE] += 1
+        counters[_FRONTIER] = max(counters[_FRONTIER], tick)
+        if enters:
+            _insert(
+                state,
+                state.meta[entity, log],
+                state.stairs[entity, log],
+                tick,
+                values[i],
+                peaks[i],
+                rule.merges,
+            )
+        if answered:
+            for j in range(state.meta.shape[1]):
+                since[i, j] = _answer(
+                    state,
+                    state.meta[entity, j],
+                    state.stairs[entity, j],
+                    rule,
+                    tick,
+                    limit,
+                    j == log and rule.delay == 0 and enters,
+                    counts[i, j],
+                    sums[i, j],
+                    best[i, j],
+                )
+    return len(t), _DONE
+
+
+@nb.njit(cache=True)
+def _measure(state, limit, lengths):  # type: ignore[no-untyped-def]
+    """Count the entries newer than `limit` of each entity and log; return their total."""
+    total = 0
+    for e in range(state.counters[_ENTITIES]):
+        for j in range(state.meta.shape[1]):
+            m = state.meta[e, j]
+            at = m[_START]
+            while at < m[_END] and state.times[m[_OFFSET] + at] <= limit:
+                at += 1
+            lengths[e, j] = m[_END] - at
+            total += m[_END] - at
+    return total
+
+
+@nb.njit(cache=True)
+def _export(state, lengths, times, values, peaks):  # type: ignore[no-untyped-def]
+    """Copy the newest `lengths` entries of each log out of the pool, in order of entity and log."""
+    k = 0
+    for e in range(state.counters[_ENTITIES]):
+        for j in range(state.meta.shape[1]):
+            m = state.meta[e, j]
+            for i in range(m[_END] - lengths[e, j], m[_END]):
+                at = m[_OFFSET] + i
+                times[k] = state.times[at]
+                for v in range(values.shape[0]):
+                    values[v, k] = state.prefix[v, at + 1] - state.prefix[v, at]
+                for x in range(peaks.shape[0]):
+                    peaks[x, k] = state.peaks[x, at]
+                k += 1
+
+
+@nb.njit(cache=True)
+def _import(state, keys, lengths, times, values, peaks):  # type: ignore[no-untyped-def]
+    """Fill an empty state; the inverse of `_export`."""
+    k = 0
+    for e in range(len(keys)):
+        entity = _add(state, _hash(keys[e], keys.shape[1]), keys[e])
+        for j in range(lengths.shape[1]):
+            n = lengths[e, j]
+            if n == 0:
+                continue
+            size = max(1 << _size_class(n + 1), _SMALLEST_REGION)
+            base = _allocate(state, size)
+            m = state.meta[entity, j]
+            m[_OFFSET] = base
+            m[_CAPACITY] = size
+            m[_END] = n
+            for v in range(values.shape[0]):
+                state.prefix[v, base] = 0
+            for i in range(n):
+                state.times[base + i] = times[k]
+                for v in range(values.shape[0]):
+                    state.prefix[v, base + i + 1] = state.prefix[v, base + i] + values[v, k]
+                for x in range(peaks.shape[0]):
+                    state.peaks[x, base + i] = peaks[x, k]
+                k += 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a view's declaration maps onto the kernel's arrays; the same for all of its shards.
+
+    ``sources`` are the event types by source code, as in the batches that will come.
+    """
+
+    view: FeatureView
+    sources: tuple[type[Event], ...]
+    logs: tuple[type[Event], ...]
+    sums: tuple[tuple[str, ...], ...]  # per log: the columns summed
+    extrema: tuple[tuple[tuple[str, int], ...], ...]  # per log: (column, sign)
+
+    @staticmethod
+    def of(view: FeatureView, sources: Sequence[type[Event]]) -> Layout:
+        logs = view.sources
+        missing = [source.__name__ for source in logs if source not in sources]
+        if missing:
+            raise ValueError(
+                f"feature view {view.name!r} aggregates {', '.join(missing)}, which the flow does "
+                "not read"
+            )
+        sums: dict[type[Event], dict[str, None]] = {log: {} for log in logs}
+        extrema: dict[type[Event], dict[tuple[str, int], None]] = {log: {} for log in logs}
+        for feature in view.features:
+            peaks = list(feature.extrema(view))
+            for source, column, sign in peaks:
+                extrema[source][(column, sign)] = None
+            for source, summed in feature.sums(view):
+                if summed is not None and not peaks:
+                    sums[source][summed] = None
+        return Layout(
+            view,
+            tuple(sources),
+            logs,
+            tuple(tuple(sums[log]) for log in logs),
+            tuple(tuple(extrema[log]) for log in logs),
+        )
+
+    @property
+    def n_sums(self) -> int:
+        return max(map(len, self.sums)) + (self.view.resolution_ms is not None)
+
+    @property
+    def n_extrema(self) -> int:
+        return max(map(len, self.extrema))
+
+    def rule(self) -> _Rule:
+        view = self.view
+        log_of = np.full(256, -1, np.int8)
+        for log, source in enumerate(self.logs):
+            log_of[self.sources.index(source)] = log
+        windows = np.array([milliseconds(window) for window in view.windows], np.int64)
+        return _Rule(
+            log_of,
+            self.sources.index(view.of),
+            windows,
+            view.delay_ms,
+            int(windows.max()) + view.delay_ms + view.lateness_ms,
+            view.lateness_ms,
+            view.resolution_ms or 1,
+            view.resolution_ms is not None,
+        )
+
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """Return the source codes of the rows that concern this view."""
+        wanted = {*self.logs, self.view.of}
+        return np.array([i for i, s in enumerate(self.sources) if s in wanted], np.uint8)
+
+    def description(self) -> dict[str, Any]:
+        """What must agree between a snapshot and the view that resumes from it."""
+        return {
+            "view": self.view.name,
+            "key": self.view.key,
+            "logs": [log.__name__ for log in self.logs],
+            "sums": self.sums,
+            "extrema": self.extrema,
+            "resolution_ms": self.view.resolution_ms,
+            "horizon_ms": int(self.rule().horizon),
+        }
+
+
+class WindowAnswers:
+    """The kernel's answers for some rows, as integer arrays with one row each.
+
+    Kept raw so that shards can be merged before features are evaluated once for all.
+    """
+
+    def __init__(self, layout: Layout, columns: dict[str, Column]) -> None:
+        self.layout = layout
+        self._counts = columns["counts"]  # rows × logs × windows
+        self._sums = columns["sums"]  # rows × logs × sums × windows
+        self._extrema = columns["extrema"]  # rows × logs × extrema × windows
+        self._since = columns["since"]  # rows × logs
+
+    def count(self, source: type[Event], window: str) -> Int:
+        return self._counts[:, self._log(source), self._window(window)]
+
+    def total(self, source: type[Event], column: str, window: str) -> Int:
+        log = self._log(source)
+        sum_ = self.layout.sums[log].index(column) + (self.layout.view.resolution_ms is not None)
+        return self._sums[:, log, sum_, self._window(window)]
+
+    def smallest(self, source: type[Event], column: str, window: str) -> npt.NDArray[np.float64]:
+        return self._extremum(source, column, -1, window)
+
+    def largest(self, source: type[Event], column: str, window: str) -> npt.NDArray[np.float64]:
+        return self._extremum(source, column, 1, window)
+
+    def since_previous(self, source: type[Event]) -> npt.NDArray[np.float64]:
+        since = self._since[:, self._log(source)]
+        return np.where(since == _NO_PREVIOUS, np.nan, since)
+
+    def _extremum(
+        self, source: type[Event], column: str, sign: int, window: str
+    ) -> npt.NDArray[np.float64]:
+        log = self._log(source)
+        extremum = self.layout.extrema[log].index((column, sign))
+        values = self._extrema[:, log, extremum, self._window(window)]
+        return np.where(values == _NONE, np.nan, values * sign)
+
+    def _log(self, source: type[Event]) -> int:
+        return self.layout.logs.index(source)
+
+    def _window(self, window: str) -> int:
+        return self.layout.view.windows.index(window)
+
+
+class WindowState:
+    """The windows of one shard of one view: feed it batches in order, take answers.
+
+    >>> from features.fraud import CARD, FraudReport, Transaction
+    >>> layout = Layout.of(CARD, [Transaction, FraudReport])
+    >>> state = WindowState(layout)
+    >>> day = 86_400_000
+    >>> batch = EventBatch({
+    ...     "source": np.zeros(3, np.uint8),
+    ...     "card_id": np.array([b"a", b"a", b"b"]),
+    ...     "event_time": np.array([20_000 * day, 20_001 * day, 20_001 * day]),
+    ...     "amount": np.array([1000, 3000, 500]),
+    ... })
+    >>> features = CARD.evaluate(WindowAnswers(layout, state.update(batch)))
+    >>> features["card_count_1d"].tolist(), features["card_mean_amount_7d"].tolist()
+    ([1.0, 1.0, 1.0], [10.0, 20.0, 5.0])
+    >>> WindowState.restore(layout, state.snapshot()).entities
+    2
+    """
+
+    def __init__(self, layout: Layout, *, entities: int = 64, entries: int = 1024) -> None:
+        self.layout = layout
+        self._rule = layout.rule()
+        self._arrays = self._empty(entities, entries, key_width=8)
+
+    @property
+    def entities(self) -> int:
+        """Number of entities held, those with only expired entries included."""
+        return int(self._arrays.counters[_ENTITIES])
+
+    @property
+    def frontier(self) -> int:
+        """The newest event time seen (ms), floored to the resolution; very small if none."""
+        return int(self._arrays.counters[_FRONTIER])
+
+    @property
+    def late(self) -> int:
+        """Answered events that arrived behind the frontier, since this object was made."""
+        return int(self._arrays.counters[_LATE])
+
+    @property
+    def too_late(self) -> int:
+        """Events further behind the frontier than the view's lateness, since this was made."""
+        return int(self._arrays.counters[_TOO_LATE])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(array.nbytes for array in self._arrays)
+
+    def update(self, batch: EventBatch) -> dict[str, Column]:
+        """Process a batch in order and return its raw answers (see WindowAnswers).
+
+        Needs the columns ``source``, ``event_time``, the view's key and the columns it
+        aggregates. Rows of event types that the view neither aggregates nor answers must have been
+        left out (``Layout.codes``). Rows that are only aggregated get zeros. Amortised
+        O(windows) a row; O(entries newer than it) for a late one.
+        """
+        layout, n = self.layout, len(batch)
+        n_logs, n_windows = len(layout.logs), len(layout.view.windows)
+        # One memory layout, so that one compiled signature serves all callers.
+        source = np.require(batch["source"], np.uint8, ["C", "W"])
+        times = np.require(batch["event_time"], np.int64, ["C", "W"])
+        values = np.zeros((n, layout.n_sums), np.int64)
+        peaks = np.zeros((n, layout.n_extrema), np.int64)
+        merges = layout.view.resolution_ms is not None
+        if merges:
+            values[:, 0] = 1
+        for log, event in enumerate(layout.logs):
+            rows: Any = slice(None) if n_logs == 1 else source == layout.sources.index(event)
+            for v, name in enumerate(layout.sums[log], start=int(merges)):
+                values[rows, v] = batch[name][rows]
+            for x, (name, sign) in enumerate(layout.extrema[log]):
+                peaks[rows, x] = batch[name][rows] * sign
+        keys = _key_bytes(batch[layout.view.key])
+        if keys.shape[1] > self._arrays.keys.shape[1]:
+            self._widen(keys)
+        out = {
+            "counts": np.zeros((n, n_logs, n_windows), np.int64),
+            "sums": np.zeros((n, n_logs, layout.n_sums, n_windows), np.int64),
+            "extrema": np.full((n, n_logs, layout.n_extrema, n_windows), _NONE),
+            "since": np.full((n, n_logs), _NO_PREVIOUS, np.int64),
+        }
+        row = 0
+        while True:
+            row, needed = _run(
+                self._arrays,
+                self._rule,
+                keys,
+                source,
+                times,
+                values,
+                peaks,
+                *out.values(),
+                row,
+            )
+            if needed == _DONE:
+                return out
+            self._grow(needed)
+
+    def snapshot(self) -> bytes:
+        """Return the state as versioned bytes: a described header and trimmed arrays."""
+        keys, lengths, times, values, peaks = self._live()
+        width = keys.shape[1]
+        description = {
+            **self.layout.description(),
+            "frontier": self.frontier,
+            "entities": len(keys),
+            "key_width": width,
+            "entries": len(times),
+        }
+        head = msgspec.json.encode(description)
+        parts = [_HEADER.pack(_MAGIC, FORMAT, len(head)), head]
+        parts += [a.tobytes() for a in (keys, lengths.astype("<i8"), times, values, peaks)]
+        return b"".join(parts)
+
+    @staticmethod
+    def describe(snapshot: bytes) -> dict[str, Any]:
+        """Return a snapshot's header: view, key, logs, frontier, entities, entries.
+
+        Raises ValueError for bytes that are not a snapshot, or of another format.
+        """
+        if len(snapshot) < _HEADER.size or not snapshot.startswith(_MAGIC):
+            raise ValueError("these bytes are not a window snapshot")
+        _, version, length = _HEADER.unpack_from(snapshot)
+        if version != FORMAT:
+            raise ValueError(
+                f"the window snapshot has format {version}, this version reads {FORMAT}; resume "
+                "it with the version that wrote it, or start from an offline state"
+            )
+        head: dict[str, Any] = msgspec.json.decode(snapshot[_HEADER.size : _HEADER.size + length])
+        head["body"] = _HEADER.size + length
+        return head
+
+    @staticmethod
+    def restore(layout: Layout, snapshot: bytes) -> WindowState:
+        """Return the state that `snapshot` was taken of.
+
+        Raises ValueError if it is of another format or another view, or if it is truncated.
+        """
+        head = WindowState.describe(snapshot)
+        expected = msgspec.json.decode(msgspec.json.encode(layout.description()))
+        for name, value in expected.items():
+            if head[name] != value:
+                raise ValueError(
+                    f"the snapshot's {name} is {head[name]!r}, the declared view "
+                    f"{layout.view.name!r} has {value!r}; the state of a changed view must be "
+                    "computed anew, by python -m features.offline --state"
+                )
+        n, width, entries = head["entities"], head["key_width"], head["entries"]
+        n_logs = len(layout.logs)
+        shapes = [
+            (np.uint8, (n, width)),
+            (np.int64, (n, n_logs)),
+            (np.int64, (entries,)),
+            (np.int64, (layout.n_sums, entries)),
+            (np.int64, (layout.n_extrema, entries)),
+        ]
+        at, arrays = head["body"], []
+        for dtype, shape in shapes:
+            size = int(np.prod(shape))
+            end = at + size * np.dtype(dtype).itemsize
+            if end > len(snapshot):
+                raise ValueError(f"the snapshot of view {layout.view.name!r} is truncated")
+            arrays.append(np.frombuffer(snapshot, dtype, size, at).reshape(shape))
+            at = end
+        state = WindowState(layout)
+        state._fill(*arrays, frontier=head["frontier"])
+        return state
+
+    def _empty(self, entities: int, entries: int, key_width: int) -> _Arrays:
+        layout = self.layout
+        n_logs, n_windows = len(layout.logs), len(layout.view.windows)
+        slots = 1 << max(4, (2 * entities).bit_length())
+        counters = np.zeros(5, np.int64)
+        counters[_FRONTIER] = -(2**62)
+        return _Arrays(
+            slots=np.full(slots, -1, np.int32),
+            hashes=np.zeros(entities, np.uint64),
+            keys=np.zeros((entities, key_width), np.uint8),
+            meta=np.zeros((entities, n_logs, _LO + n_windows), np.int64),
+            stairs=np.zeros((entities, n_logs, layout.n_extrema, _POINTER + n_windows), np.int64),
+            times=np.zeros(entries, np.int64),
+            prefix=np.zeros((layout.n_sums, entries), np.int64),
+            peaks=np.zeros((layout.n_extrema, entries), np.int64),
+            stair_times=np.zeros((layout.n_extrema, entries), np.int64),
+            stair_values=np.zeros((layout.n_extrema, entries), np.int64),
+            free=np.full(63, -1, np.int64),
+            counters=counters,
+        )
+
+    def _live(self) -> tuple[npt.NDArray[Any], ...]:
+        """Return what some window may still need: keys, lengths, times, values, peaks."""
+        state = self._arrays
+        n = self.entities
+        lengths = np.zeros((n, state.meta.shape[1]), np.int64)
+        total = _measure(state, self.frontier - self._rule.horizon, lengths)
+        times = np.empty(total, np.int64)
+        values = np.empty((state.prefix.shape[0], total), np.int64)
+        peaks = np.empty((state.peaks.shape[0], total), np.int64)
+        _export(state, lengths, times, values, peaks)
+        alive = lengths.any(axis=1)
+        return state.keys[:n][alive], lengths[alive], times, values, peaks
+
+    def _fill(
+        self,
+        keys: npt.NDArray[np.uint8],
+        lengths: Int,
+        times: Int,
+        values: Int,
+        peaks: Int,
+        *,
+        frontier: int,
+        headroom: int = 0,
+    ) -> None:
+        """Replace the arrays by ones that hold just this, with room for as much again."""
+        counters = self._arrays.counters
+        # A log of n entries takes a region of at most 2n + 2 (n + 1 rounded up to a power of two).
+        regions = _SMALLEST_REGION * lengths.size + 2 * len(times)
+        self._arrays = self._empty(
+            max(64, 2 * len(keys)),
+            max(1024, 2 * regions, regions + headroom),
+            key_width=max(8, keys.shape[1]),
+        )
+        _import(self._arrays, keys, lengths, times, values, peaks)
+        self._arrays.counters[_FRONTIER] = frontier
+        self._arrays.counters[_LATE:] = counters[_LATE:]
+
+    def _grow(self, needed: int) -> None:
+        """Drop what expired and make room; amortised O(1) an event, since room doubles."""
+        largest = int(self._arrays.meta[..., _CAPACITY].max(initial=0))
+        live = self._live()
+        self._fill(*live, frontier=self.frontier, headroom=4 * max(largest, _SMALLEST_REGION))
+
+    def _widen(self, keys: npt.NDArray[np.uint8]) -> None:
+        used = np.flatnonzero(keys.any(axis=0))
+        width = int(used[-1]) + 1 if len(used) else 1
+        held = self._arrays.keys
+        if width > held.shape[1]:
+            width = -(-width // 8) * 8
+            wider = np.zeros((len(held), width), np.uint8)
+            wider[:, : held.shape[1]] = held
+            self._arrays = self._arrays._replace(keys=wider)
