@@ -80,7 +80,9 @@ class EventBatch:
             return EventBatch({name: column[rows] for name, column in self.columns.items()})
         if rows.dtype == np.bool_:
             rows = np.flatnonzero(rows)
-        return EventBatch({name: column.take(rows) for name, column in self.columns.items()})
+        return EventBatch(
+            {name: column.take(rows, axis=0) for name, column in self.columns.items()}
+        )
 
     @staticmethod
     def concat(batches: Sequence[EventBatch]) -> EventBatch:

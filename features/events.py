@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import msgspec
 import numpy as np
@@ -48,7 +48,14 @@ SCALES = {"money": MONEY_SCALE, "whole": 1}
 
 
 class Event(msgspec.Struct, gc=False):
-    """Declare an event type by subclassing, with fields of the types above."""
+    """Declare an event type by subclassing, with fields of the types above.
+
+    ``event_time`` is what windows go by. ``stream_time`` names the field that says when the event
+    happened *to us*, by which partitions, topics and files are interleaved: the same field,
+    unless the event is news about something earlier.
+    """
+
+    stream_time: ClassVar[str] = "event_time"
 
 
 @cache

@@ -7,7 +7,7 @@ as in the handbook.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,16 @@ class Transaction(Event):
 class FraudReport(Event):
     """News that a transaction was fraud; ``event_time`` is the transaction's."""
 
+    stream_time: ClassVar[str] = "report_time"
+
     transaction_id: Key
     terminal_id: Key
     event_time: EventTime
     report_time: EventTime
 
+
+#: What the flow reads. At equal stream times, what comes first here is taken first.
+SOURCES = (FraudReport, Transaction)
 
 _DAY = 86_400_000
 _HOUR = 3_600_000

@@ -28,11 +28,15 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from features.batch import Column, EventBatch
+from features.batch import EventBatch
 from features.declare import FeatureView, milliseconds
 from features.events import Event
 
 Int = npt.NDArray[np.int64]
+
+#: Virtual shards that a view's entities are spread over, unless the deployment says otherwise. The
+#: number is part of the state: a snapshot of 16 shards cannot be resumed with 32.
+SHARDS = 16
 
 #: Version of the snapshot's bytes.
 FORMAT = 1
@@ -595,18 +599,28 @@ class Layout:
         }
 
 
-class WindowAnswers:
-    """The kernel's answers for some rows, as integer arrays with one row each.
+#: Columns of the kernel's raw answers, which `WindowState.update` adds and `evaluate` turns into
+#: features: rows × logs × windows, × sums × windows, × extrema × windows, and rows × logs.
+RAW = ("#counts", "#sums", "#extrema", "#since")
 
-    Kept raw so that shards can be merged before features are evaluated once for all.
+
+def evaluate(layout: Layout, batch: EventBatch) -> EventBatch:
+    """Replace the raw answers in a batch by the view's features, float64 columns.
+
+    Separate from `WindowState.update` so that shards can be merged first and features evaluated
+    once for all rows.
     """
+    features = layout.view.evaluate(_Answers(layout, batch))
+    kept = {name: column for name, column in batch.columns.items() if name not in RAW}
+    return EventBatch({**kept, **features})
 
-    def __init__(self, layout: Layout, columns: dict[str, Column]) -> None:
+
+class _Answers:
+    """The kernel's answers, as the declarations ask for them; one value a row."""
+
+    def __init__(self, layout: Layout, batch: EventBatch) -> None:
         self.layout = layout
-        self._counts = columns["counts"]  # rows × logs × windows
-        self._sums = columns["sums"]  # rows × logs × sums × windows
-        self._extrema = columns["extrema"]  # rows × logs × extrema × windows
-        self._since = columns["since"]  # rows × logs
+        self._counts, self._sums, self._extrema, self._since = (batch[name] for name in RAW)
 
     def count(self, source: type[Event], window: str) -> Int:
         return self._counts[:, self._log(source), self._window(window)]
@@ -654,8 +668,8 @@ class WindowState:
     ...     "event_time": np.array([20_000 * day, 20_001 * day, 20_001 * day]),
     ...     "amount": np.array([1000, 3000, 500]),
     ... })
-    >>> features = CARD.evaluate(WindowAnswers(layout, state.update(batch)))
-    >>> features["card_count_1d"].tolist(), features["card_mean_amount_7d"].tolist()
+    >>> batch = evaluate(layout, state.update(batch))
+    >>> batch["card_count_1d"].tolist(), batch["card_mean_amount_7d"].tolist()
     ([1.0, 1.0, 1.0], [10.0, 20.0, 5.0])
     >>> WindowState.restore(layout, state.snapshot()).entities
     2
@@ -691,8 +705,8 @@ class WindowState:
         """Bytes allocated."""
         return sum(array.nbytes for array in self._arrays)
 
-    def update(self, batch: EventBatch) -> dict[str, Column]:
-        """Process a batch in order and return its raw answers (see WindowAnswers).
+    def update(self, batch: EventBatch) -> EventBatch:
+        """Process a batch in order and return it with the raw answers (columns `RAW`).
 
         Needs the columns ``source``, ``event_time``, the view's key and the columns it
         aggregates. Rows of event types that the view neither aggregates nor answers must have been
@@ -718,11 +732,11 @@ class WindowState:
         keys = _key_bytes(batch[layout.view.key])
         if keys.shape[1] > self._arrays.keys.shape[1]:
             self._widen(keys)
-        out = {
-            "counts": np.zeros((n, n_logs, n_windows), np.int64),
-            "sums": np.zeros((n, n_logs, layout.n_sums, n_windows), np.int64),
-            "extrema": np.full((n, n_logs, layout.n_extrema, n_windows), _NONE),
-            "since": np.full((n, n_logs), _NO_PREVIOUS, np.int64),
+        out: dict[str, npt.NDArray[np.int64]] = {
+            "#counts": np.zeros((n, n_logs, n_windows), np.int64),
+            "#sums": np.zeros((n, n_logs, layout.n_sums, n_windows), np.int64),
+            "#extrema": np.full((n, n_logs, layout.n_extrema, n_windows), _NONE),
+            "#since": np.full((n, n_logs), _NO_PREVIOUS, np.int64),
         }
         row = 0
         while True:
@@ -738,7 +752,7 @@ class WindowState:
                 row,
             )
             if needed == _DONE:
-                return out
+                return batch.with_columns(out)
             self._grow(needed)
 
     def snapshot(self) -> bytes:

@@ -22,7 +22,7 @@ from features.declare import (
     Sum,
 )
 from features.events import Event, EventTime, Key, Money
-from features.windows import Layout, WindowAnswers, WindowState, shards_of
+from features.windows import Layout, WindowState, evaluate, shards_of
 from tests.unit.naive_windows import Row, naive_features
 
 
@@ -95,10 +95,11 @@ def kernel_features(
         batch = batch_of(rows[begin:end])
         if len(batch) == 0:
             continue
-        features = view.evaluate(WindowAnswers(layout, state.update(batch)))
+        answered_batch = evaluate(layout, state.update(batch))
         for j, row in enumerate(rows[begin:end]):
             answered = row.source is view.of
-            out.append({n: float(v[j]) for n, v in features.items()} if answered else None)
+            features = {name: float(answered_batch[name][j]) for name in view.names}
+            out.append(features if answered else None)
         if i in restarts:
             state = WindowState.restore(layout, state.snapshot())
     return out
