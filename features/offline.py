@@ -77,23 +77,13 @@ class Replay:
 def _windows(
     layout: Layout, states: dict[int, WindowState], batch: EventBatch, shards: int
 ) -> EventBatch:
-    concerned = np.isin(batch["source"], layout.codes())
-    mine, others = batch.take(concerned), batch.take(~concerned)
     parts = []
-    for shard, part in mine.split(shards_of(mine[layout.view.key], shards)):
+    for shard, part in batch.split(shards_of(batch[layout.view.key], shards)):
         if shard not in states:
             states[shard] = WindowState(layout)
         parts.append(states[shard].update(part))
     merged = in_order(parts)
-    if merged is None:
-        merged = WindowState(layout).update(mine)
-    answered = evaluate(layout, merged)
-    if len(others) == 0:
-        return answered
-    blank = {name: np.full(len(others), np.nan) for name in layout.view.names}
-    both = in_order([answered, others.with_columns(blank)])
-    assert both is not None
-    return both
+    return evaluate(layout, merged) if merged is not None else batch
 
 
 def interleave(
@@ -213,7 +203,8 @@ def _from_arrow(array: pa.Array, kind: str) -> Column:
     if kind == "key":
         binary = array.cast(pa.binary())
         return np.asarray(binary.to_numpy(zero_copy_only=False), dtype="S")
-    return array.to_numpy(zero_copy_only=False).astype(np.float64 if kind == "number" else np.int64)
+    dtype = np.float64 if kind == "number" else np.int64
+    return np.asarray(array.to_numpy(zero_copy_only=False), dtype)
 
 
 def training_frame(batch: EventBatch, features: FeatureSet) -> pa.Table:
@@ -262,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     replay = Replay(FRAUD, SOURCES, options.shards)
     reading = {"until": options.until, "chunk_rows": options.chunk_rows}
-    streams = [
+    streams: list[tuple[type[Event], Iterator[EventBatch]]] = [
         (Transaction, read_events(options.transactions, Transaction, **reading)),
         (FraudReport, read_events(options.fraud_reports, FraudReport, **reading)),
     ]

@@ -411,6 +411,8 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
     for i in range(begin, len(t)):
         log = rule.log_of[source[i]]
         answered = source[i] == rule.answered
+        if log < 0 and not answered:
+            continue  # of no concern to this view
         tick = t[i] // rule.tick * rule.tick
         h = _hash(keys[i], keys.shape[1])
         entity = _find(state, h, keys[i])
@@ -581,11 +583,6 @@ class Layout:
             view.resolution_ms is not None,
         )
 
-    def codes(self) -> npt.NDArray[np.uint8]:
-        """Return the source codes of the rows that concern this view."""
-        wanted = {*self.logs, self.view.of}
-        return np.array([i for i, s in enumerate(self.sources) if s in wanted], np.uint8)
-
     def description(self) -> dict[str, Any]:
         """What must agree between a snapshot and the view that resumes from it."""
         return {
@@ -709,9 +706,9 @@ class WindowState:
         """Process a batch in order and return it with the raw answers (columns `RAW`).
 
         Needs the columns ``source``, ``event_time``, the view's key and the columns it
-        aggregates. Rows of event types that the view neither aggregates nor answers must have been
-        left out (``Layout.codes``). Rows that are only aggregated get zeros. Amortised
-        O(windows) a row; O(entries newer than it) for a late one.
+        aggregates. Rows of event types that the view does not answer get blanks, and those that
+        it does not aggregate either change nothing. Amortised O(windows) a row; O(entries newer
+        than it) for a late one.
         """
         layout, n = self.layout, len(batch)
         n_logs, n_windows = len(layout.logs), len(layout.view.windows)
