@@ -108,7 +108,8 @@ def interleave(
         # Everything before the earliest of the chunks' ends has been read; at that very time, the
         # chunk that ends there may go on, so streams of lower priority have to wait.
         first = min(holding, key=lambda reader: (reader.last, reader.source))
-        taken = [reader.take(first.last, reader.source <= first.source) for reader in holding]
+        until, priority = first.last, first.source
+        taken = [reader.take(until, reader.source <= priority) for reader in holding]
         parts = [part for part in taken if len(part)]
         times = np.concatenate([part["#stream_time"] for part in parts])
         merged = EventBatch.concat([_aligned(part, kinds) for part in parts])
