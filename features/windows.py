@@ -427,11 +427,10 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
             state, state.meta[entity, log], state.stairs[entity, log], limit
         ):
             return i, _GROW_POOL
-        if tick < counters[_FRONTIER]:
+        if answered and tick < counters[_FRONTIER]:
+            counters[_LATE] += 1
             if tick < counters[_FRONTIER] - rule.lateness:
                 counters[_TOO_LATE] += 1
-            if answered:
-                counters[_LATE] += 1
         counters[_FRONTIER] = max(counters[_FRONTIER], tick)
         if enters:
             _insert(
@@ -694,7 +693,7 @@ class WindowState:
 
     @property
     def too_late(self) -> int:
-        """Events further behind the frontier than the view's lateness, since this was made."""
+        """Of those, the ones further behind than the view's lateness."""
         return int(self._arrays.counters[_TOO_LATE])
 
     @property

@@ -1,0 +1,207 @@
+"""What the fraud flow runs with: everything its settings name, opened and checked at start."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+
+from dataflows.kafka.dead_letter import DeadLetterSettings
+from dataflows.kafka.sink import Delivery, KafkaSink, poll_producers
+from dataflows.kafka.source import (
+    KafkaSource,
+    SourceStats,
+    SourceTopic,
+    install_drain_handlers,
+)
+from dataflows.kafka.topics import StartupError
+from dataflows.metrics import METRICS
+from dataflows.settings import Settings, SettingsError, load
+from dataflows.steps.windows import Shards
+from features.events import Event, EventDecoder
+from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
+from features.online_store import OnlineStore, StoreNotReady, freeze_gc
+from features.profiles import PROFILES
+from features.state_dir import StateDir, StateError
+from model.package import PackageError, Thresholds
+from model.scorer import Scorer
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The graph's connections to the world."""
+
+    source: KafkaSource
+    #: Input topics by source code.
+    topics: Sequence[str]
+    decoder: EventDecoder
+    shards: Shards
+    store: OnlineStore
+    scorer: Scorer
+    thresholds: Thresholds
+    reasons: int
+    predictions: KafkaSink
+    dead_letters: KafkaSink
+    audit: KafkaSink
+    audit_share: float
+
+    @staticmethod
+    def start() -> Runtime:
+        """Open everything; on a problem that the operator must solve, say so and exit with 2.
+
+        Also takes over SIGTERM and SIGINT, to drain, and reports the account at exit.
+        """
+        try:
+            settings = load()
+            configure_logging(settings)
+            runtime = Runtime.of(settings)
+        except (SettingsError, StateError, PackageError, StoreNotReady, StartupError) as error:
+            print(f"dataflows.fraud cannot start:\n{error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        install_drain_handlers()
+        if settings.metrics_port:
+            METRICS.serve(settings.metrics_host, settings.metrics_port)
+        atexit.register(report)
+        freeze_gc()
+        log.info(
+            "starting",
+            model=runtime.scorer.version,
+            schema_hash=FRAUD.schema_hash,
+            chunk=runtime.scorer.chunk,
+            brokers=settings.kafka_bootstrap_servers,
+        )
+        return runtime
+
+    @staticmethod
+    def of(settings: Settings) -> Runtime:
+        """Open everything the settings name.
+
+        Raises StateError, PackageError, StoreNotReady or StartupError, each with a remedy.
+        """
+        topic_of: dict[type[Event], str] = {
+            Transaction: settings.transactions_topic,
+            FraudReport: settings.fraud_reports_topic,
+        }
+        topics = [topic_of[event] for event in SOURCES]
+        start = None
+        if settings.state_dir is not None:
+            start = StateDir(settings.state_dir, FRAUD, settings.shards)
+        scorer = Scorer.load(settings.model_dir, names=FRAUD.names, schema_hash=FRAUD.schema_hash)
+        store = OnlineStore.open(
+            settings.feast_repo,
+            PROFILES,
+            cache_ttl_s=settings.feast_cache_ttl_s,
+            cache_rows=settings.feast_cache_rows,
+        )
+        skew_ms = round(settings.max_clock_skew_s * 1000)
+        producer = settings.producer()
+        too_large = DeadLetterSettings(settings.dead_letters_topic)
+        timeout_s = settings.startup_timeout_s
+
+        def delivered(delivery: Delivery) -> None:
+            METRICS.count(settings.transactions_topic, "scored", delivery.delivered)
+            METRICS.count(settings.transactions_topic, "dead_lettered", delivery.rejected)
+            METRICS.latency.observe_ms(delivery.latency_ms)
+
+        return Runtime(
+            source=KafkaSource(
+                [SourceTopic(topic_of[event], event.stream_time) for event in SOURCES],
+                settings.consumer(),
+                group_id=settings.group_id,
+                batch_size=settings.batch_size,
+                start=settings.start_at,
+                max_clock_skew_ms=skew_ms,
+                max_hold_s=settings.max_hold_s,
+                buffer_records=settings.max_buffered,
+                between_batches=poll_producers,
+                observe=_observe_source,
+                startup_timeout_s=timeout_s,
+            ),
+            topics=topics,
+            decoder=EventDecoder(
+                SOURCES, max_clock_skew_ms=skew_ms, max_bytes=settings.max_event_bytes
+            ),
+            shards=Shards(settings.shards, start),
+            store=store,
+            scorer=scorer,
+            thresholds=_thresholds(settings, scorer.manifest.thresholds),
+            reasons=settings.reasons,
+            predictions=KafkaSink(
+                settings.predictions_topic,
+                producer,
+                dead_letters=too_large,
+                observe=delivered,
+                startup_timeout_s=timeout_s,
+            ),
+            dead_letters=KafkaSink(
+                settings.dead_letters_topic, producer, startup_timeout_s=timeout_s
+            ),
+            audit=KafkaSink(
+                settings.audit_topic, producer, dead_letters=too_large, startup_timeout_s=timeout_s
+            ),
+            audit_share=settings.audit_share,
+        )
+
+
+def _thresholds(settings: Settings, shipped: Thresholds) -> Thresholds:
+    given = {"review": settings.review_threshold, "block": settings.block_threshold}
+    chosen = msgspec.structs.replace(
+        shipped, **{name: value for name, value in given.items() if value is not None}
+    )
+    if chosen.review > chosen.block:
+        raise SettingsError(
+            f"the review threshold ({chosen.review:g}) is above the block threshold "
+            f"({chosen.block:g}): set REVIEW_THRESHOLD and BLOCK_THRESHOLD together, or neither"
+        )
+    return chosen
+
+
+def _observe_source(stats: SourceStats) -> None:
+    METRICS.lag.set(sum(stats.lag.values()))
+
+
+def report() -> None:
+    """Log the account and the latencies: what the flow did, as of now."""
+    log.info(
+        "stopped",
+        account=METRICS.account(),
+        latency_ms=METRICS.latency.percentile_ms(50, 95, 99, 99.9),
+    )
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send log lines, the standard library's too, to stderr in the chosen form."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    renderer = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            *shared,
+            structlog.processors.format_exc_info,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)

@@ -1,0 +1,214 @@
+"""Every knob of the flow: an environment variable, with unit, default, range and one line of help.
+
+``python -m dataflows.settings`` prints the table; the README's is checked against it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from features.windows import SHARDS
+
+
+class SettingsError(ValueError):
+    """The configuration is missing something or contradicts itself; each line says what."""
+
+
+class Settings(BaseSettings):
+    """Settings of the fraud flow, read from the environment and an optional file.
+
+    The file is named by ``SETTINGS_FILE`` and holds ``NAME=value`` lines; the environment goes
+    over it.
+    """
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
+
+    kafka_bootstrap_servers: str = Field(
+        description="Addresses of the brokers, host:port, separated by commas", min_length=1
+    )
+    kafka_consumer_options: SecretStr = Field(
+        SecretStr("{}"),
+        description="More librdkafka settings for reading, as a JSON object; never printed",
+    )
+    kafka_producer_options: SecretStr = Field(
+        SecretStr("{}"),
+        description="More librdkafka settings for writing, as a JSON object; never printed",
+    )
+    group_id: str = Field(
+        "fraud-scoring", description="Consumer group that offsets are committed to, for lag tools"
+    )
+    start_at: Literal["earliest", "latest"] = Field(
+        "earliest", description="Where a partition without a snapshot is read from"
+    )
+    transactions_topic: str = Field("transactions", description="Topic of card transactions")
+    fraud_reports_topic: str = Field("fraud_reports", description="Topic of fraud reports")
+    predictions_topic: str = Field("predictions", description="Topic of predictions")
+    dead_letters_topic: str = Field("dead_letters", description="Topic of refused events")
+    audit_topic: str = Field("audit", description="Topic of full feature vectors, for audits")
+    audit_share: float = Field(
+        0.01, ge=0, le=1, description="Share of cards whose feature vectors go to the audit topic"
+    )
+    delivery: Literal["at_least_once"] = Field(
+        "at_least_once", description="Guarantee for what is written"
+    )
+    message_timeout_s: float = Field(
+        60, gt=1, le=3600, description="How long an outage of the brokers is waited out (s)"
+    )
+    startup_timeout_s: float = Field(
+        30, gt=0, le=600, description="How long brokers and topics are waited for at start (s)"
+    )
+    batch_size: int = Field(
+        1024, ge=1, le=65_536, description="Most events in a micro-batch; less when fewer are there"
+    )
+    max_buffered: int = Field(
+        20_000, ge=1000, le=10_000_000, description="Most records buffered of one partition"
+    )
+    max_hold_s: float = Field(
+        5, ge=0, le=3600, description="How long a silent partition holds up the others' order (s)"
+    )
+    shards: int = Field(
+        SHARDS, ge=1, le=999, description="Virtual shards of the window state; fixed for its life"
+    )
+    state_dir: Path | None = Field(
+        None, description="Window state (features.offline --state) to start from without a snapshot"
+    )
+    max_clock_skew_s: float = Field(
+        300, ge=0, le=86_400, description="How far event times may be ahead of the broker's (s)"
+    )
+    max_event_bytes: int = Field(
+        65_536, ge=256, le=16_777_216, description="Longest event accepted (bytes)"
+    )
+    model_dir: Path = Field(description="Model package (python -m model.train --out)")
+    review_threshold: float | None = Field(
+        None, ge=0, le=1, description="Score to review from; the model package's if unset"
+    )
+    block_threshold: float | None = Field(
+        None, ge=0, le=1, description="Score to block from; the model package's if unset"
+    )
+    reasons: int = Field(
+        3, ge=0, le=15, description="Features named with each flagged transaction; 0 names none"
+    )
+    feast_repo: Path = Field(description="Feast repository with the profiles' online store")
+    feast_cache_ttl_s: float = Field(
+        300, ge=0, le=86_400, description="How long a profile is served from the cache (s)"
+    )
+    feast_cache_rows: int = Field(
+        100_000, ge=1, le=100_000_000, description="Most profiles cached of each view"
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address the metrics are served at")
+    metrics_port: int = Field(
+        0, ge=0, le=65_535, description="Port of /metrics for Prometheus; 0 serves none"
+    )
+    log_format: Literal["console", "json"] = Field("console", description="How log lines look")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line shown"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        review, block = self.review_threshold, self.block_threshold
+        if review is not None and block is not None and review > block:
+            raise ValueError(
+                f"REVIEW_THRESHOLD ({review}) is above BLOCK_THRESHOLD ({block}): everything sent "
+                "to review would be blocked; lower the first or raise the second"
+            )
+        topics: dict[str, str] = {}
+        for name in ("transactions", "fraud_reports", "predictions", "dead_letters", "audit"):
+            variable = f"{name.upper()}_TOPIC"
+            other = topics.setdefault(getattr(self, f"{name}_topic"), variable)
+            if other != variable:
+                raise ValueError(
+                    f"{variable} and {other} name the same topic, "
+                    f"{getattr(self, f'{name}_topic')!r}; each needs its own"
+                )
+        return self
+
+    def consumer(self) -> dict[str, Any]:
+        """Return the librdkafka settings of everything that reads."""
+        return self._client("kafka_consumer_options")
+
+    def producer(self) -> dict[str, Any]:
+        """Return the librdkafka settings of everything that writes."""
+        timeout_ms = round(self.message_timeout_s * 1000)
+        return {"message.timeout.ms": timeout_ms, **self._client("kafka_producer_options")}
+
+    def _client(self, name: str) -> dict[str, Any]:
+        given: SecretStr = getattr(self, name)
+        try:
+            options = msgspec.json.decode(given.get_secret_value(), type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            message = f"{name.upper()} is not a JSON object of librdkafka settings ({error})"
+            raise SettingsError(message) from None
+        return {"bootstrap.servers": self.kafka_bootstrap_servers, **options}
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings; raise SettingsError naming every variable that is missing or wrong."""
+    file = os.environ.get("SETTINGS_FILE")
+    if file is not None and not Path(file).is_file():
+        raise SettingsError(f"SETTINGS_FILE={file}: there is no such file")
+    try:
+        return Settings(_env_file=file, **overrides)  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        variable = ".".join(str(part) for part in problem["loc"]).upper()
+        if not variable:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+            continue
+        field = Settings.model_fields[variable.lower()]
+        if problem["type"] == "missing":
+            lines.append(f"{variable} is not set: {field.description}")
+        else:
+            given = "(hidden)" if field.annotation is SecretStr else repr(problem["input"])
+            lines.append(
+                f"{variable}={given}: {problem['msg']} – {field.description}; "
+                f"accepted: {_accepted(variable.lower())}"
+            )
+    return "\n".join(lines)
+
+
+def _accepted(name: str) -> str:
+    field = Settings.model_fields[name]
+    schema = Settings.model_json_schema()["properties"][name]
+    schema = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum")
+    if low is not None:
+        opening = "(" if "exclusiveMinimum" in schema else "["
+        return f"{opening}{low:,}, {high:,}]"
+    if field.annotation is SecretStr:
+        return "JSON"
+    return "path" if schema.get("format") == "path" else "text"
+
+
+def table() -> str:
+    """Return all settings as a Markdown table."""
+    lines = ["| variable | default | accepted | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        if field.is_required():
+            default = "**required**"
+        elif isinstance(field.default, SecretStr):
+            default = f"`{field.default.get_secret_value()}`"
+        else:
+            default = "–" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{name.upper()}` | {default} | {_accepted(name)} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

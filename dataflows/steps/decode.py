@@ -1,0 +1,82 @@
+"""Records → events; what cannot be an event is refused singly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import bytewax.operators as op
+import numpy as np
+from bytewax.dataflow import Stream, operator
+
+from dataflows.kafka.dead_letter import dead_letters
+from dataflows.kafka.records import OutRecords, Records
+from dataflows.metrics import METRICS
+from features.batch import EventBatch
+from features.events import EventDecoder, Refusal
+
+
+@dataclass(frozen=True)
+class DecodeOut:
+    """Streams returned from `decode`."""
+
+    accepted: Stream[EventBatch]
+    refused: Stream[OutRecords]
+
+
+@operator
+def decode(
+    step_id: str,
+    up: Stream[Records],
+    decoder: EventDecoder,
+    topics: Sequence[str],
+) -> DecodeOut:
+    """Decode and validate records; a record's ``source`` indexes the decoder's event types.
+
+    Accepted events carry where they come from (``source``, ``partition``, ``offset``,
+    ``append_time``) and ``seq``, their place in the worker's order. Refused ones become dead
+    letters with a reason.
+    """
+    seq = 0
+
+    def run(batches: list[Records]) -> Iterable[EventBatch | OutRecords]:
+        nonlocal seq
+        for records in batches:
+            decoded = decoder(
+                [message.value() for message in records.messages],
+                records.source,
+                records.append_time,
+            )
+            account(records, decoded.refused)
+            if decoded.refused:
+                yield dead_letters(
+                    [records.messages[refusal.row] for refusal in decoded.refused],
+                    [refusal.reason for refusal in decoded.refused],
+                    [refusal.detail for refusal in decoded.refused],
+                )
+            if len(decoded.events) == 0:
+                continue
+            rows = decoded.rows
+            yield decoded.events.with_columns(
+                {
+                    "source": records.source[rows],
+                    "partition": records.partition[rows],
+                    "offset": records.offset[rows],
+                    "append_time": records.append_time[rows],
+                    "seq": seq + rows,
+                }
+            )
+            seq += len(records)
+
+    def account(records: Records, refused: Sequence[Refusal]) -> None:
+        read = np.bincount(records.source, minlength=len(topics))
+        for topic, n in zip(topics, read.tolist(), strict=True):
+            METRICS.count(topic, "read", n)
+        for refusal in refused:
+            topic = topics[int(records.source[refusal.row])]
+            METRICS.count(topic, "dead_lettered", 1)
+            METRICS.dead_letters.labels(topic, refusal.reason).inc()
+
+    both = op.flat_map_batch("decode", up, run)
+    branches = op.branch("accepted", both, lambda item: isinstance(item, EventBatch))
+    return DecodeOut(branches.trues, branches.falses)  # type: ignore[arg-type]
