@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -97,7 +97,6 @@ def interleave(
     """
     order = sorted(streams, key=lambda stream: sources.index(stream[0]))
     readers = [_Reader(event, iter(batches), sources.index(event)) for event, batches in order]
-    kinds = {k: v for event in sources for k, v in column_kinds(event).items()}
     seq = 0
     while True:
         for reader in readers:
@@ -112,7 +111,7 @@ def interleave(
         taken = [reader.take(until, reader.source <= priority) for reader in holding]
         parts = [part for part in taken if len(part)]
         times = np.concatenate([part["#stream_time"] for part in parts])
-        merged = EventBatch.concat([_aligned(part, kinds) for part in parts])
+        merged = EventBatch.concat([align(part, sources) for part in parts])
         if len(parts) > 1:
             # Parts are in order of priority, so a stable sort settles ties.
             merged = merged.take(np.argsort(times, kind="stable"))
@@ -159,8 +158,9 @@ class _Reader:
         return taken
 
 
-def _aligned(batch: EventBatch, kinds: Mapping[str, str]) -> EventBatch:
-    """Give a batch the columns of all event types; those of others are blank."""
+def align(batch: EventBatch, sources: Sequence[type[Event]]) -> EventBatch:
+    """Give a batch the columns of all event types; those that it lacks are blank."""
+    kinds = {name: kind for event in sources for name, kind in column_kinds(event).items()}
     blank = {
         name: np.full(len(batch), np.nan) if kind == "number" else np.zeros(len(batch), dtype)
         for name, kind in kinds.items()

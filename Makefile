@@ -1,0 +1,61 @@
+# make demo · make test · make lint · make lock
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# Python 3.12 or 3.11, whichever is found first and works; uv can bring one.
+PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	2>/dev/null && command -v $$p && break; done)
+UV := $(shell command -v uv 2>/dev/null)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+DURATION ?= 60
+RATE ?= 500
+
+.PHONY: help
+help: ## show this
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): requirements.lock
+ifneq ($(PYTHON),)
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+else ifneq ($(UV),)
+	$(UV) venv --quiet --clear --python 3.12 .venv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+else
+	@echo "Python 3.12 or 3.11 (with venv) is needed and was not found." >&2
+	@echo "Install one (Debian: apt install python3 python3-venv; macOS: brew install python@3.12)," >&2
+	@echo "or install uv, which brings its own." >&2
+	@exit 1
+endif
+	@touch $@
+
+.PHONY: install
+install: $(STAMP) ## create .venv from the hashed lock
+
+.PHONY: demo
+demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s DURATION=s)
+	@RATE=$(RATE) DURATION=$(DURATION) $(BIN)/python -m dataflows.demo
+
+.PHONY: test
+test: $(STAMP) ## the whole test suite; starts what it needs
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: lock
+lock: ## rewrite requirements.lock from pyproject.toml (needs uv)
+	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes \
+		--no-emit-index-url --no-header --quiet --upgrade pyproject.toml -o requirements.lock
+
+.PHONY: clean
+clean: ## remove everything generated, .venv included
+	rm -rf .venv .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
