@@ -2,8 +2,8 @@
 
 `import feast` takes seconds and 200 MB, so it happens inside `OnlineStore.open` and `materialize`,
 never when this module is imported. Feast's `get_online_features` is not used: its column order
-depends on PYTHONHASHSEED, it does not enforce the TTL, and it costs several times `online_read`
-(0.67.0; tests/integration/test_feast_traps.py pins these).
+depends on PYTHONHASHSEED, it does not enforce the TTL (0.67.0, both pinned by
+tests/integration/test_feast_traps.py), and it costs about twice what `online_read` does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import io
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import repeat
@@ -503,7 +503,7 @@ def _let_readers_in(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Keep Feast's progress bars and its dependencies' deprecation warnings off the terminal."""
     with (
         warnings.catch_warnings(),
