@@ -1,0 +1,1 @@
+"""Kafka in, Kafka out: the only package that talks to a broker."""

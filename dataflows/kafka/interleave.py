@@ -1,0 +1,274 @@
+"""Merge partitions into one stream ordered by stream time. Pure: no broker, no clock.
+
+A backlog must not run one partition hours ahead of another: windows would close over gaps, and a
+fraud report would come before its transaction. So rows wait for the partition that is furthest
+behind, as long as that partition is known to have more.
+
+The rule. Each lane (a partition) knows the latest stream time it has seen. A lane *holds* the
+others while it is not at its end; whoever calls `release` says which lanes hold. Rows are released
+up to the smallest ``(latest stream time, rank)`` of the holding lanes, that lane's own rows
+included: nothing that it may still deliver can sort before them. With no holding lane everything
+goes.
+
+Within a lane the order of offsets is never changed: a row's stream time counts as at least that of
+the row before it. Ties between lanes go by rank, which is the lanes' order in the constructor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from confluent_kafka import Message
+
+from dataflows.kafka.records import Int64s, Records
+
+NO_TIME = np.iinfo(np.int64).min
+"""Stream time of a row that has none of its own; it takes the one before it in its lane."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Consecutive rows of one lane, or (with `lane` filled in) merged rows of several."""
+
+    messages: list[Message]
+    offset: Int64s
+    append_time: Int64s
+    stream_time: Int64s
+    lane: npt.NDArray[np.intp]
+
+    def cut(self, count: int) -> tuple[_Rows, _Rows]:
+        head, tail = slice(count), slice(count, None)
+        return self._slice(head), self._slice(tail)
+
+    def _slice(self, rows: slice) -> _Rows:
+        return _Rows(
+            self.messages[rows],
+            self.offset[rows],
+            self.append_time[rows],
+            self.stream_time[rows],
+            self.lane[rows],
+        )
+
+
+def _join(parts: Sequence[_Rows]) -> _Rows:
+    if len(parts) == 1:
+        return parts[0]
+    messages: list[Message] = []
+    for part in parts:
+        messages += part.messages
+    return _Rows(
+        messages,
+        np.concatenate([part.offset for part in parts]),
+        np.concatenate([part.append_time for part in parts]),
+        np.concatenate([part.stream_time for part in parts]),
+        np.concatenate([part.lane for part in parts]),
+    )
+
+
+class Interleaver:
+    """Hold what has been read of each lane, and release it in stream-time order.
+
+    Args:
+        lanes: (source, partition) of each lane, in the order that breaks ties.
+
+    Attributes:
+        latest: int64 per lane, the largest stream time seen (`NO_TIME`: none yet).
+        received: int64 per lane, offset after the last row pushed.
+        emitted: int64 per lane, offset after the last row that `take` returned.
+        waiting: int per lane, rows pushed and not yet chosen for release.
+    """
+
+    def __init__(self, lanes: Sequence[tuple[int, int]], start: Sequence[int]) -> None:
+        self._source = np.array([source for source, _ in lanes], dtype=np.uint8)
+        self._partition = np.array([partition for _, partition in lanes], dtype=np.int32)
+        self.latest = np.full(len(lanes), NO_TIME, dtype=np.int64)
+        self.received = np.array(start, dtype=np.int64)
+        self.emitted = self.received.copy()
+        self.waiting = [0] * len(lanes)
+        self._lanes: list[deque[_Rows]] = [deque() for _ in lanes]
+        self._ready: deque[_Rows] = deque()
+        self._ready_rows = 0
+
+    @property
+    def buffered(self) -> int:
+        """Rows pushed and not yet taken."""
+        return sum(self.waiting) + self._ready_rows
+
+    @property
+    def ready(self) -> int:
+        """Rows released and not yet taken."""
+        return self._ready_rows
+
+    def push(
+        self,
+        messages: list[Message],
+        lane: npt.NDArray[np.intp],
+        offset: Int64s,
+        append_time: Int64s,
+        stream_time: Int64s,
+    ) -> None:
+        """Add rows as read: any mix of lanes, offsets ascending within each.
+
+        Rows below `received` are dropped (a broker client may deliver a row twice after a pause).
+        A `stream_time` of `NO_TIME` means that the row has none. O(rows log rows).
+        """
+        if not messages:
+            return
+        starts = np.flatnonzero(lane[1:] != lane[:-1]) + 1
+        if len(starts) >= len(self._lanes):
+            order = np.argsort(lane, kind="stable")
+            messages = [messages[row] for row in order.tolist()]
+            lane, offset = lane[order], offset[order]
+            append_time, stream_time = append_time[order], stream_time[order]
+            starts = np.flatnonzero(lane[1:] != lane[:-1]) + 1
+        edges = [0, *starts.tolist(), len(messages)]
+        for start, stop in pairwise(edges):
+            index = int(lane[start])
+            if offset[start] < self.received[index]:
+                start += int(np.searchsorted(offset[start:stop], self.received[index]))
+                if start == stop:
+                    continue
+            times = stream_time[start:stop].copy()
+            times[0] = max(times[0], self.latest[index])
+            np.maximum.accumulate(times, out=times)
+            self.latest[index] = times[-1]
+            self.received[index] = offset[stop - 1] + 1
+            self.waiting[index] += stop - start
+            self._lanes[index].append(
+                _Rows(
+                    messages[start:stop],
+                    offset[start:stop],
+                    append_time[start:stop],
+                    times,
+                    lane[start:stop],
+                )
+            )
+
+    def bound(self, holding: Collection[int]) -> tuple[int, int] | None:
+        """Return the largest (stream time, lane) that may go while `holding` lanes hold."""
+        return min(((int(self.latest[lane]), lane) for lane in holding), default=None)
+
+    def release(self, limit: int, bound: tuple[int, int] | None) -> bool:
+        """Put rows in order until `limit` of them are ready; tell whether that many are.
+
+        Args:
+            limit: number of rows, at least 1.
+            bound: of `bound`; None lets everything go.
+        """
+        while self._ready_rows < limit and self._release(limit, bound):
+            pass
+        return self._ready_rows >= limit
+
+    def take(self, limit: int) -> Records | None:
+        """Return the next ready rows, in order, at most `limit`; None if there are none."""
+        if not self._ready_rows:
+            return None
+        parts: list[_Rows] = []
+        missing = limit
+        while missing and self._ready:
+            rows = self._ready.popleft()
+            if len(rows.messages) > missing:
+                rows, rest = rows.cut(missing)
+                self._ready.appendleft(rest)
+            parts.append(rows)
+            missing -= len(rows.messages)
+        self._ready_rows -= limit - missing
+        taken = _join(parts)
+        np.maximum.at(self.emitted, taken.lane, taken.offset + 1)
+        return Records(
+            taken.messages,
+            self._source[taken.lane],
+            self._partition[taken.lane],
+            taken.offset,
+            taken.append_time,
+            taken.stream_time,
+        )
+
+    def _release(self, limit: int, bound: tuple[int, int] | None) -> bool:
+        """Sort a next stretch of the waiting rows into `_ready`; False if none may go.
+
+        The stretch is about `limit` rows long, however many wait, and ends at one stream time in
+        all lanes, so that every row is sorted once and later stretches sort behind it.
+        """
+        free = [
+            (lane, count)
+            for lane, waiting in enumerate(self.waiting)
+            if waiting and (count := self._count_up_to(lane, bound))
+        ]
+        if not free:
+            return False
+        if len(free) == 1:
+            lane, count = free[0]
+            self._make_ready(self._pop(lane, min(count, limit)))
+            return True
+        quota = -(-limit // len(free))
+        until = min(
+            (self._time_at(lane, quota - 1) for lane, count in free if count > quota),
+            default=None,
+        )
+        parts: list[_Rows] = []
+        for lane, count in free:
+            if until is not None:
+                count = min(count, self._count_up_to(lane, (until, len(self._lanes))))
+            if count:
+                parts += self._pop(lane, count)
+        if len(parts) > 1:
+            joined = _join(parts)
+            order = np.argsort(joined.stream_time, kind="stable")
+            parts = [
+                _Rows(
+                    [joined.messages[row] for row in order.tolist()],
+                    joined.offset[order],
+                    joined.append_time[order],
+                    joined.stream_time[order],
+                    joined.lane[order],
+                )
+            ]
+        self._make_ready(parts)
+        return True
+
+    def _make_ready(self, parts: list[_Rows]) -> None:
+        self._ready += parts
+        self._ready_rows += sum(len(part.messages) for part in parts)
+
+    def _count_up_to(self, lane: int, bound: tuple[int, int] | None) -> int:
+        """Count the lane's waiting rows with (stream time, lane) ≤ `bound`."""
+        if bound is None:
+            return self.waiting[lane]
+        time, rank = bound
+        if self.latest[lane] < time or (self.latest[lane] == time and lane <= rank):
+            return self.waiting[lane]
+        count = 0
+        for rows in self._lanes[lane]:
+            free = int(
+                np.searchsorted(rows.stream_time, time, side="right" if lane <= rank else "left")
+            )
+            count += free
+            if free < len(rows.messages):
+                break
+        return count
+
+    def _time_at(self, lane: int, row: int) -> int:
+        for rows in self._lanes[lane]:
+            if row < len(rows.messages):
+                return int(rows.stream_time[row])
+            row -= len(rows.messages)
+        raise IndexError(row)
+
+    def _pop(self, lane: int, count: int) -> list[_Rows]:
+        self.waiting[lane] -= count
+        parts: list[_Rows] = []
+        waiting = self._lanes[lane]
+        while count:
+            rows = waiting.popleft()
+            if len(rows.messages) > count:
+                rows, rest = rows.cut(count)
+                waiting.appendleft(rest)
+            parts.append(rows)
+            count -= len(rows.messages)
+        return parts

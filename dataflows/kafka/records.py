@@ -1,0 +1,103 @@
+"""The two things that cross the edge: `Records` come in, `OutRecords` go out.
+
+Both are micro-batches, so that Bytewax's price per item is paid once for hundreds of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from confluent_kafka import Message
+
+Int64s: TypeAlias = npt.NDArray[np.int64]
+Int32s: TypeAlias = npt.NDArray[np.int32]
+UInt8s: TypeAlias = npt.NDArray[np.uint8]
+
+Header: TypeAlias = tuple[str, bytes | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """Carry a micro-batch of consumed records, in stream-time order, and where each came from.
+
+    Attributes:
+        messages: the records as confluent-kafka gave them; ``value()`` may be None (tombstone).
+        source: uint8, index of the record's topic in the source's list of topics.
+        partition: int32.
+        offset: int64.
+        append_time: int64 milliseconds since the epoch, the broker's (or producer's) timestamp.
+        stream_time: int64 milliseconds, the key of the order: the record's own stream time, or the
+            latest one seen before it in its partition if that is later or it has none.
+    """
+
+    messages: list[Message]
+    source: UInt8s
+    partition: Int32s
+    offset: Int64s
+    append_time: Int64s
+    stream_time: Int64s
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+
+@dataclass(slots=True, eq=False)
+class OutRecords:
+    """Carry a micro-batch of records to produce; all columns have the same length.
+
+    Attributes:
+        keys: bytes of each key, or None for a record without one.
+        values: bytes of each value, or None for a tombstone.
+        append_time: int64 milliseconds, when the broker appended the event that caused the record;
+            the start of its end-to-end latency. Negative: unknown, not measured.
+        event_ids: business identity of the cause, sent as header ``event_id``. It is stable across
+            replays, which is what exactly-once output compares.
+        origins: optional ``topic/partition/offset`` of the cause, sent as header ``origin``.
+        headers: optional further headers of each record.
+
+    >>> out = OutRecords([b"a", b"b"], [b"1", None], np.array([0, 0]), [b"tx1", b"tx2"])
+    >>> out.take(np.array([1])).event_ids
+    [b'tx2']
+    """
+
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    append_time: Int64s
+    event_ids: list[bytes]
+    origins: list[bytes] | None = None
+    headers: list[list[Header]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: npt.NDArray[np.intp]) -> OutRecords:
+        """Return the given rows, in the given order. O(rows)."""
+        index = rows.tolist()
+        return OutRecords(
+            _pick(self.keys, index),
+            _pick(self.values, index),
+            self.append_time[rows],
+            _pick(self.event_ids, index),
+            None if self.origins is None else _pick(self.origins, index),
+            None if self.headers is None else _pick(self.headers, index),
+        )
+
+    def headers_of(self, row: int) -> list[Header]:
+        """Return every header that the record of `row` is sent with."""
+        headers: list[Header] = [("event_id", self.event_ids[row])]
+        if self.origins is not None:
+            headers.append(("origin", self.origins[row]))
+        if self.headers is not None:
+            headers.extend(self.headers[row])
+        return headers
+
+
+def _pick(column: Sequence[Any], index: list[int]) -> list[Any]:
+    if len(index) == 1:
+        return [column[index[0]]]
+    return list(itemgetter(*index)(column)) if index else []

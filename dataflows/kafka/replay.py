@@ -1,0 +1,449 @@
+"""Read dead letters back, and send the refused records to where they came from.
+
+What has been sent back is remembered in a consumer group of the dead-letter topic, so a second
+replay does not send it again. A group's commit is one offset per partition, but a replay by reason
+leaves gaps; so the committed offset is that of the first dead letter still to be dealt with, and
+the commit's metadata lists the ranges after it that are done.
+
+A replay that dies between a delivery and its commit sends up to `COMMIT_EVERY` records again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import (
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
+
+from dataflows.kafka.dead_letter import (
+    DETAIL,
+    OFFSET,
+    PARTITION,
+    REASON,
+    REPLAYED,
+    SHA256,
+    TIMESTAMP,
+    TOPIC,
+    TRUNCATED,
+)
+from dataflows.kafka.records import Header
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
+
+COMMIT_EVERY = 500
+_MAX_METADATA_BYTES = 4_000  # brokers take 4096 (offset.metadata.max.bytes)
+_MINE = "dlq."
+
+
+class ReplayError(RuntimeError):
+    """Say why dead letters cannot be read or sent back."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A refused record and what is known of it.
+
+    Attributes:
+        partition, offset: its place in the dead-letter topic.
+        reason, detail: why it was refused.
+        topic, source_partition, source_offset: where it came from; offset -1: it never was there.
+        timestamp: its own, milliseconds since the epoch.
+        key, value: as they were; the value may be cut, see `full_bytes`. None: a tombstone.
+        headers: its own headers.
+        full_bytes: length of the whole value if it was cut, else None.
+        sha256: hex digest of the whole value if it was cut, else "".
+        replayed: times it had been sent back when it was refused.
+    """
+
+    partition: int
+    offset: int
+    reason: str
+    detail: str
+    topic: str
+    source_partition: int
+    source_offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[Header]
+    full_bytes: int | None
+    sha256: str
+    replayed: int
+
+    @staticmethod
+    def of(message: Message) -> DeadLetter:
+        """Read a record of the dead-letter topic; one that is no dead letter has no reason."""
+        headers = message.headers() or []
+        # The last of a name is ours; a record that was refused before carries older ones.
+        found = {name: content or b"" for name, content in headers}
+
+        def text(name: str) -> str:
+            content = found.get(name, b"")
+            return content if isinstance(content, str) else content.decode("utf-8", "replace")
+
+        def number(name: str, default: int) -> int:
+            digits = text(name)
+            return int(digits) if digits.removeprefix("-").isdecimal() else default
+
+        return DeadLetter(
+            partition=message.partition() or 0,
+            offset=message.offset() or 0,
+            reason=text(REASON),
+            detail=text(DETAIL),
+            topic=text(TOPIC),
+            source_partition=number(PARTITION, -1),
+            source_offset=number(OFFSET, -1),
+            timestamp=number(TIMESTAMP, -1),
+            key=message.key(),
+            value=message.value(),
+            headers=[
+                (name, content.encode() if isinstance(content, str) else content)
+                for name, content in headers
+                if not name.startswith(_MINE)
+            ],
+            full_bytes=number(TRUNCATED, -1) if TRUNCATED in found else None,
+            sha256=text(SHA256),
+            replayed=number(REPLAYED, 0),
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """Remember which offsets of a partition are done: all below `offset`, and some after it.
+
+    >>> progress = Progress(5)
+    >>> for offset in (5, 8, 9, 12):
+    ...     progress.mark(offset)
+    >>> progress.offset, progress.metadata()
+    (6, '8-9,12')
+    >>> Progress.of(6, "8-9,12").is_done(9), progress.is_done(7)
+    (True, False)
+    """
+
+    offset: int
+    done: set[int] = field(default_factory=set)
+
+    @staticmethod
+    def of(offset: int, metadata: str | None) -> Progress:
+        """Read a commit. Raises `ReplayError` if the metadata is somebody else's."""
+        done: set[int] = set()
+        try:
+            for part in filter(None, (metadata or "").split(",")):
+                first, _, last = part.partition("-")
+                done.update(range(int(first), int(last or first) + 1))
+        except ValueError as error:
+            raise ReplayError(
+                f"the group's commit has metadata {metadata!r}, which no replay wrote: "
+                "replay with another group"
+            ) from error
+        return Progress(offset, done)
+
+    def is_done(self, offset: int) -> bool:
+        """Tell whether the dead letter at `offset` has been dealt with."""
+        return offset < self.offset or offset in self.done
+
+    def mark(self, offset: int) -> None:
+        """Note that the dead letter at `offset` has been dealt with."""
+        if not self.is_done(offset):
+            self.done.add(offset)
+        while self.offset in self.done:
+            self.done.remove(self.offset)
+            self.offset += 1
+
+    def metadata(self) -> str:
+        """Return the ranges done after `offset`, as a commit carries them."""
+        ranges: list[list[int]] = []
+        for offset in sorted(self.done):
+            if ranges and offset == ranges[-1][1] + 1:
+                ranges[-1][1] = offset
+            else:
+                ranges.append([offset, offset])
+        text = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+        if len(text) > _MAX_METADATA_BYTES:
+            raise ReplayError(
+                f"more than {_MAX_METADATA_BYTES} bytes of gaps are left between the dead letters "
+                "replayed so far: replay the other reasons too, or give a group of its own to "
+                "each reason"
+            )
+        return text
+
+
+def read_dead_letters(
+    topic: str,
+    config: Mapping[str, Any],
+    *,
+    start: Mapping[int, int] | None = None,
+    timeout_s: float = STARTUP_TIMEOUT_S,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters that a topic holds now, partition by partition, in order.
+
+    Args:
+        topic: the dead-letter topic.
+        config: librdkafka consumer settings, at least ``bootstrap.servers``.
+        start: first offset of each partition; the others are read from their beginning.
+        timeout_s: bound of each wait for the brokers.
+
+    Raises:
+        StartupError: No broker answered, or the topic does not exist.
+        ReplayError: Reading failed or stopped short of the end.
+    """
+    with closing(_consumer(config, "dead-letter-reader")) as consumer:
+        count = partition_counts(consumer, config, [topic], timeout_s=timeout_s)[topic]
+        for partition in range(count):
+            asked = TopicPartition(topic, partition)
+            low, high = consumer.get_watermark_offsets(asked, timeout=timeout_s)
+            first = max(low, (start or {}).get(partition, low))
+            for message in _records(consumer, topic, partition, first, high, timeout_s):
+                yield DeadLetter.of(message)
+
+
+def _consumer(config: Mapping[str, Any], group_id: str) -> Consumer:
+    fixed = {
+        "group.id": group_id,
+        "enable.auto.commit": False,
+        "enable.partition.eof": True,
+        "auto.offset.reset": "error",
+        "isolation.level": "read_committed",
+        "allow.auto.create.topics": False,
+    }
+    return Consumer({**config, **fixed})
+
+
+def _records(
+    consumer: Consumer, topic: str, partition: int, first: int, end: int, timeout_s: float
+) -> Iterator[Message]:
+    """Yield the records with offsets in [first, end)."""
+    if first >= end:
+        return
+    consumer.assign([TopicPartition(topic, partition, first)])
+    while True:
+        messages = consumer.consume(500, timeout_s)
+        if not messages:
+            raise ReplayError(f"{topic}/{partition} sent nothing for {timeout_s:g} s")
+        for message in messages:
+            error, offset = message.error(), message.offset() or 0
+            if error is None:
+                if offset < end:
+                    yield message
+                if offset >= end - 1:
+                    return
+            elif error.code() == KafkaError._PARTITION_EOF:
+                return
+            elif not error.retriable():
+                raise ReplayError(f"reading {topic}/{partition} failed: {error.str()}")
+
+
+@dataclass(slots=True)
+class Replay:
+    """What a replay did, or with ``dry_run`` would do.
+
+    Attributes:
+        sent: dead letters sent back, by reason.
+        done_before: dead letters that an earlier replay had sent.
+        impossible: those that cannot be sent back, each with the cause.
+    """
+
+    sent: dict[str, int] = field(default_factory=dict)
+    done_before: int = 0
+    impossible: list[tuple[DeadLetter, str]] = field(default_factory=list)
+
+
+def replay(
+    topic: str,
+    consumer_config: Mapping[str, Any],
+    producer_config: Mapping[str, Any],
+    *,
+    group_id: str = "dead-letter-replay",
+    reason: str | None = None,
+    start: Mapping[int, int] | None = None,
+    dry_run: bool = False,
+    timeout_s: float = STARTUP_TIMEOUT_S,
+) -> Replay:
+    """Send refused records back to the partitions they came from, once each.
+
+    Records keep key, value and headers and get ``dlq.replayed``. Those that are refused again while
+    the replay runs are left for the next one.
+
+    Args:
+        topic: the dead-letter topic.
+        consumer_config, producer_config: librdkafka settings, at least ``bootstrap.servers``.
+        group_id: consumer group that remembers what has been sent.
+        reason: only dead letters with this reason; None: all.
+        start: offset by partition from which all are sent, also those sent before.
+        dry_run: look, but send and remember nothing.
+        timeout_s: bound of each wait for the brokers.
+
+    Raises:
+        StartupError: No broker answered, or a topic does not exist.
+        ReplayError: Reading or sending failed. What was delivered is remembered.
+    """
+    result = Replay()
+    producer = Producer(
+        {"message.timeout.ms": 60_000, **producer_config, "enable.idempotence": True}
+    )
+    with (
+        closing(_consumer(consumer_config, group_id)) as memory,
+        closing(_consumer(consumer_config, "dead-letter-originals")) as originals,
+    ):
+        known = partition_counts(memory, consumer_config, [topic], timeout_s=timeout_s)
+        progress = _load(memory, topic, known[topic], timeout_s)
+        for partition, offset in (start or {}).items():
+            if partition in progress:
+                progress[partition] = Progress(offset)
+        sender = _Sender(producer, memory, topic, progress)
+        first = {partition: each.offset for partition, each in progress.items()}
+        for letter in read_dead_letters(topic, consumer_config, start=first, timeout_s=timeout_s):
+            if reason is not None and letter.reason != reason:
+                continue
+            if progress[letter.partition].is_done(letter.offset):
+                result.done_before += 1
+                continue
+            try:
+                value = _original(letter, originals, timeout_s)
+            except _CannotReplay as problem:
+                result.impossible.append((letter, str(problem)))
+                continue
+            if not dry_run:
+                sender.send(letter, value)
+            result.sent[letter.reason] = result.sent.get(letter.reason, 0) + 1
+        sender.commit()
+    return result
+
+
+class _CannotReplay(Exception):
+    pass
+
+
+def _load(memory: Consumer, topic: str, partitions: int, timeout_s: float) -> dict[int, Progress]:
+    asked = [TopicPartition(topic, partition) for partition in range(partitions)]
+    try:
+        found = memory.committed(asked, timeout=timeout_s)
+    except KafkaException as error:
+        raise ReplayError(
+            f"the brokers did not say within {timeout_s:g} s what has been replayed: "
+            f"{error.args[0].str()}"
+        ) from error
+    return {
+        each.partition: Progress.of(max(each.offset, 0), each.metadata if each.offset >= 0 else "")
+        for each in found
+    }
+
+
+def _original(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> bytes | None:
+    """Return the whole value of a dead letter, from its source topic if it was cut."""
+    if not letter.topic or letter.source_partition < 0:
+        raise _CannotReplay("it does not say where it came from")
+    if letter.source_offset < 0:
+        raise _CannotReplay(
+            f"it was never in {letter.topic}, which cannot take it; replay the event that caused it"
+        )
+    if letter.full_bytes is None:
+        return letter.value
+    where = f"{letter.topic}/{letter.source_partition}/{letter.source_offset}"
+    asked = TopicPartition(letter.topic, letter.source_partition)
+    try:
+        low, high = consumer.get_watermark_offsets(asked, timeout=timeout_s)
+        if not low <= letter.source_offset < high:
+            raise _CannotReplay(f"its value was cut, and {where} is no longer on the brokers")
+        records = _records(
+            consumer,
+            letter.topic,
+            letter.source_partition,
+            letter.source_offset,
+            letter.source_offset + 1,
+            timeout_s,
+        )
+        original = next(records, None)
+    except (KafkaException, ReplayError) as error:
+        raise _CannotReplay(f"its value was cut, and {where} cannot be read: {error}") from error
+    value: bytes | None = None if original is None else original.value()
+    if value is None or hashlib.sha256(value).hexdigest() != letter.sha256:
+        raise _CannotReplay(f"its value was cut, and {where} now holds something else")
+    return value
+
+
+class _Sender:
+    """Produce the originals; remember those that were delivered."""
+
+    def __init__(
+        self, producer: Producer, memory: Consumer, topic: str, progress: dict[int, Progress]
+    ) -> None:
+        self._producer = producer
+        self._memory = memory
+        self._topic = topic
+        self._progress = progress
+        self._pending = 0
+        self._failed: list[str] = []
+
+    def send(self, letter: DeadLetter, value: bytes | None) -> None:
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            del message
+            if error is None:
+                self._progress[letter.partition].mark(letter.offset)
+            else:
+                self._failed.append(f"{letter.partition}/{letter.offset}: {error.str()}")
+
+        headers: list[Any] = [*letter.headers, (REPLAYED, b"%d" % (letter.replayed + 1))]
+        try:
+            self._producer.produce(
+                letter.topic,
+                value,
+                letter.key,
+                letter.source_partition,
+                on_delivery=delivered,
+                headers=headers,
+            )
+        except KafkaException as error:
+            self._failed.append(f"{letter.partition}/{letter.offset}: {error.args[0].str()}")
+        self._pending += 1
+        if self._pending >= COMMIT_EVERY or self._failed:
+            self.commit()
+
+    def commit(self) -> None:
+        if not self._pending:
+            return
+        self._producer.flush(90)
+        self._pending = 0
+        offsets = [
+            TopicPartition(self._topic, partition, each.offset, metadata=each.metadata())
+            for partition, each in self._progress.items()
+        ]
+        try:
+            self._memory.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            raise ReplayError(
+                "records were sent back, but the brokers did not take the note of it "
+                f"({error.args[0].str()}): the next replay sends them again"
+            ) from error
+        if self._failed:
+            raise ReplayError(
+                f"{len(self._failed)} records could not be sent back, the first at "
+                f"{self._failed[0]}. What was delivered is remembered; run the replay again"
+            )
+
+
+def parse_start(texts: Sequence[str], partitions: int) -> dict[int, int]:
+    """Read ``OFFSET`` (of every partition) or ``PARTITION:OFFSET`` arguments.
+
+    >>> parse_start(["0:7", "2:1"], 3), parse_start(["5"], 2)
+    ({0: 7, 2: 1}, {0: 5, 1: 5})
+    """
+    start: dict[int, int] = {}
+    for text in texts:
+        partition, separator, offset = text.rpartition(":")
+        if not offset.isdecimal() or (separator and not partition.isdecimal()):
+            raise ReplayError(f"{text!r} is neither OFFSET nor PARTITION:OFFSET")
+        for each in [int(partition)] if separator else range(partitions):
+            if each >= partitions:
+                raise ReplayError(f"{text!r}: the topic has partitions 0 to {partitions - 1}")
+            start[each] = int(offset)
+    return start

@@ -1,0 +1,745 @@
+"""Read Kafka topics as one stream of micro-batches, ordered by stream time, resumable, drainable.
+
+Every Kafka partition is a Bytewax part with its own offset in the recovery store; but one *leader*
+part per worker (the first by name) reads for all of them, with one consumer, and emits the merged
+rows. The other parts emit nothing and only keep their offsets. That this loses and doubles nothing
+rests on how Bytewax 0.21.1 runs a `FixedPartitionedSource` (``src/inputs.rs``):
+
+1. A part's ``next_batch`` is called only when every epoch before the part's own is finished on all
+   workers, snapshots included: ``if !probe.less_than(&epoch)``. An unfinished part, on this worker
+   or another, holds that frontier back.
+2. Each part ends its epochs by its own clock: ``now - epoch_started >= epoch_interval``, looked at
+   whether or not the part is awake; then ``snapshot`` is called and belongs to the epoch that ends.
+3. All parts start in the same epoch, and those of one activation share a clock. Parts that were
+   resumed in different activations end their epochs some milliseconds apart.
+
+So while the leader is called, every local part is in the leader's epoch *N*, or has already ended
+it and waits in *N* + 1; none can be behind (1). Rows that the leader emits belong to epoch *N*, and
+the offset after them must be part of every part's snapshot of *N*. That is so unless a part has
+already given that snapshot. We count the snapshots of each part in this life, which by (3) compares
+their epochs, and emit nothing while any part has given more than the leader. Then each part's
+snapshot of *N* says exactly which of its rows were emitted in epochs up to *N*. Should an engine
+ever call the leader while a part is behind it, `next_batch` raises rather than guesses.
+
+All parts of a worker are built before the first ``next_batch`` is called: snapshots are loaded in
+epochs before the one that the flow resumes in, so by (1) no part runs before all loads are done,
+and the parts without a snapshot are built in the activation that sees the end of the loads. A part
+built later is refused.
+
+Epoch *N* + 1 starts when *N* is durable (1), so at the leader's first call in it the offsets of *N*
+are committed to the consumer group, for lag tools to see; recovery never reads them. For the same
+reason a *drain* is: emit nothing more, wait for the next snapshot, and at the first call after it
+stop the worker with `AbortExecution`. Ending the input instead (``StopIteration``) would make
+downstream steps believe that no more data will ever come.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from operator import itemgetter
+from types import FrameType
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from dataflows.kafka.interleave import NO_TIME, Interleaver
+from dataflows.kafka.phase import PhaseKeeper
+from dataflows.kafka.records import Int64s, Records
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S, StartupError, part_name, partition_counts
+
+logger = logging.getLogger(__name__)
+
+CONSUMER_DEFAULTS: Mapping[str, Any] = {
+    "fetch.wait.max.ms": 100,
+    "fetch.error.backoff.ms": 200,
+    "queued.max.messages.kbytes": 16_384,
+    "queued.min.messages": 20_000,
+    # The default of 1 s starves a consumer whose small queue fills: it would wait that long.
+    "fetch.queue.backoff.ms": 2,
+}
+_GUARANTEES: Mapping[str, Any] = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "enable.partition.eof": True,
+    "auto.offset.reset": "error",
+    "isolation.level": "read_committed",
+    "allow.auto.create.topics": False,
+}
+_NEVER = datetime(9000, 1, 1, tzinfo=UTC)
+_BUFFER_ALL_PARTITIONS = 200_000
+_LOG_EVERY_S = 10.0
+_OBSERVE_EVERY_S = 0.25
+_LAST_COMMIT_S = 2.0
+
+_NOT_DECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)
+
+_drain = threading.Event()
+
+
+def request_drain() -> None:
+    """Ask every source of this process to stop emitting and to end after its next snapshot."""
+    _drain.set()
+
+
+def drain_requested() -> bool:
+    """Tell whether a drain was asked for."""
+    return _drain.is_set()
+
+
+def install_drain_handlers() -> None:
+    """Drain on SIGTERM and SIGINT, instead of dying without a snapshot. Main thread only.
+
+    A repeated signal changes nothing: Ctrl-C in a terminal and a supervisor often send two. The
+    drain takes up to one epoch, plus the time that deliveries need.
+    """
+
+    def drain(signal_number: int, frame: FrameType | None) -> None:
+        del frame
+        if not _drain.is_set():
+            logger.info("draining after %s", signal.Signals(signal_number).name)
+        _drain.set()
+
+    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGINT, drain)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTopic:
+    """Name a topic, and the integer field of its JSON values that holds the stream time, in ms."""
+
+    name: str
+    stream_time: str
+
+
+@dataclass(slots=True)
+class SourceStats:
+    """Count what a source has read. Written by worker threads, for anyone to look at.
+
+    Attributes:
+        read: records emitted, by topic.
+        buffered: records read and not yet emitted.
+        lag: records in the topics and not yet emitted, by (topic, partition); as of the last fetch.
+        held_s: seconds spent waiting for a partition behind while others had rows.
+        hold_timeouts: times such a partition was silent for too long, and was not waited for.
+        skipped: records lost to retention and passed over, if that was allowed.
+        outage_since: monotonic seconds since no broker can be reached; None: all is well.
+    """
+
+    read: dict[str, int] = field(default_factory=dict)
+    buffered: int = 0
+    lag: dict[tuple[str, int], int] = field(default_factory=dict)
+    held_s: float = 0.0
+    hold_timeouts: int = 0
+    skipped: int = 0
+    outage_since: float | None = None
+
+
+class SourceError(RuntimeError):
+    """Say why reading cannot go on: where, what the broker has, and what to do."""
+
+
+class KafkaSource(FixedPartitionedSource[Records, int]):
+    """Read several topics as one stream of `Records`, interleaved by stream time.
+
+    Args:
+        topics: their order is the priority of records with equal stream time, first wins; a
+            record's ``source`` column is the index here. Names are recovery keys.
+        config: librdkafka consumer settings, at least ``bootstrap.servers``; they go over
+            `CONSUMER_DEFAULTS`. Offsets, isolation and end-of-partition settings are fixed.
+        group_id: consumer group that the offsets of each durable snapshot are committed to.
+        batch_size: most records per batch, or a function that says so before each batch.
+        start: where a partition without a snapshot starts: the first record, or the end.
+        max_clock_skew_ms: a stream time further ahead of the broker's timestamp than this is not
+            believed for ordering (one record from the year 3000 would hold up its partition);
+            the record takes the stream time of the one before it.
+        max_hold_s: how long a partition that is not at its end may be silent before the others
+            stop waiting for it.
+        buffer_records: most records buffered per partition (a tenth more for a moment); the
+            whole buffer stays near 200 000 records however many partitions there are.
+        resume_past_retention: if the records after a snapshot have been deleted by the topic's
+            retention, go on with the first that is left, and count the gap. Default: refuse.
+        stop_at_end: drain when every partition is at its end and all is emitted. For offline use
+            and tests, in one process.
+        epoch_interval_s: Bytewax's epoch interval, for phase keeping; None: estimated.
+        phase_keeping: keep in phase with the other workers of a cluster (`dataflows.kafka.phase`).
+        between_batches: called on the worker thread at each turn, about every millisecond when
+            idle; give it `dataflows.kafka.sink.poll_producers`.
+        observe: called with the `stats` on the worker thread, at most every 0.25 s.
+        startup_timeout_s: bound of all look-ups at the start.
+
+    Raises:
+        StartupError: (when the flow starts) No broker answered, a topic does not exist, or the
+            offset to go on from is no longer, or not yet, in the topic.
+        SourceError: (when the flow runs) A partition or the consumer failed for good.
+    """
+
+    def __init__(
+        self,
+        topics: Sequence[SourceTopic],
+        config: Mapping[str, Any],
+        *,
+        group_id: str,
+        batch_size: int | Callable[[], int] = 1024,
+        start: Literal["earliest", "latest"] = "earliest",
+        max_clock_skew_ms: int = 300_000,
+        max_hold_s: float = 5.0,
+        buffer_records: int = 20_000,
+        resume_past_retention: bool = False,
+        stop_at_end: bool = False,
+        epoch_interval_s: float | None = None,
+        phase_keeping: bool = True,
+        between_batches: Callable[[], None] | None = None,
+        observe: Callable[[SourceStats], None] | None = None,
+        startup_timeout_s: float = STARTUP_TIMEOUT_S,
+    ) -> None:
+        if not topics:
+            raise ValueError("a Kafka source needs at least one topic")
+        if start not in ("earliest", "latest"):
+            raise ValueError(f"start is {start!r}; it must be 'earliest' or 'latest'")
+        self.topics = list(topics)
+        self.stats = SourceStats(read={topic.name: 0 for topic in topics})
+        self.config = {**CONSUMER_DEFAULTS, **config, **_GUARANTEES, "group.id": group_id}
+        self.batch_size = batch_size if callable(batch_size) else lambda: batch_size
+        self.start = start
+        self.max_clock_skew_ms = max_clock_skew_ms
+        self.max_hold_s = max_hold_s
+        self.buffer_records = buffer_records
+        self.resume_past_retention = resume_past_retention
+        self.stop_at_end = stop_at_end
+        self.epoch_interval_s = epoch_interval_s
+        self.phase_keeping = phase_keeping
+        self.between_batches = between_batches
+        self.observe = observe
+        self.startup_timeout_s = startup_timeout_s
+        self._readers: dict[int, _Reader] = {}
+
+    def __repr__(self) -> str:
+        # Bytewax writes step reprs to files and to its API: no configuration, it holds secrets.
+        return f"KafkaSource({[topic.name for topic in self.topics]})"
+
+    def list_parts(self) -> list[str]:
+        """Look up the partitions of all topics. Those added later are seen after a restart."""
+        thread = threading.get_ident()
+        stale = self._readers.pop(thread, None)
+        if stale is not None:
+            stale.close()
+        reader = self._readers[thread] = _Reader(self)
+        return reader.discover()
+
+    def build_part(self, step_id: str, for_part: str, resume_state: int | None) -> _Part:
+        """Build a part; `resume_state` is the offset of the next record to emit."""
+        return self._readers[threading.get_ident()].add(for_part, resume_state)
+
+
+class _Part(StatefulSourcePartition[Records, int]):
+    """One Kafka partition to Bytewax: an offset. The leader also speaks for the reader."""
+
+    def __init__(self, name: str, reader: _Reader) -> None:
+        self.name = name
+        self._reader = reader
+
+    def next_batch(self) -> list[Records]:
+        return self._reader.turn(self)
+
+    def next_awake(self) -> datetime | None:
+        return self._reader.next_awake(self)
+
+    def snapshot(self) -> int:
+        return self._reader.snapshot(self)
+
+    def close(self) -> None:
+        self._reader.remove(self)
+
+
+class _Lane:
+    """A Kafka partition to the reader; its buffer and offsets are the `Interleaver`'s."""
+
+    __slots__ = (
+        "at_end_offset",
+        "name",
+        "partition",
+        "paused",
+        "released_at",
+        "resume_offset",
+        "silent_s",
+        "snapshots",
+        "source",
+        "topic",
+        "topic_partition",
+    )
+
+    def __init__(
+        self, name: str, topic: str, source: int, partition: int, resume_offset: int | None
+    ) -> None:
+        self.name = name
+        self.topic = topic
+        self.source = source
+        self.partition = partition
+        self.resume_offset = resume_offset
+        self.topic_partition = TopicPartition(topic, partition)
+        self.snapshots = 0
+        self.at_end_offset = -1  # of the last end-of-partition event
+        self.silent_s = 0.0  # how long the others have waited for this one
+        self.released_at = -1  # `received` when waiting was given up
+        self.paused = False
+
+
+class _Reader:
+    """Read all partitions of one worker thread, and speak for its parts.
+
+    Life: `discover`, `add` for each part, then `turn` and `snapshot` until `remove` of the last.
+    """
+
+    def __init__(self, source: KafkaSource) -> None:
+        self._source = source
+        self._consumer = Consumer(
+            {**source.config, "error_cb": self._on_error, "on_commit": self._on_commit},
+            logger=logging.getLogger("librdkafka"),
+        )
+        self._listed = 0
+        self._lanes: dict[str, _Lane] = {}
+        self._parts = 0
+        self._leader: _Lane | None = None
+        self._phase: PhaseKeeper | None = None
+        self._decoders = [_stream_time_decoder(topic.stream_time) for topic in source.topics]
+        self._codes = {topic.name: code for code, topic in enumerate(source.topics)}
+        self._epochs_seen = 0
+        self._part_ahead = False
+        self._drain_after: int | None = None
+        self._at_once = False
+        self._last_turn = 0.0
+        self._next_observation = 0.0
+        self._next_outage_log = 0.0
+        self._next_commit_log = 0.0
+        self._committing = False
+
+    # Start
+
+    def discover(self) -> list[str]:
+        source = self._source
+        counts = partition_counts(
+            self._consumer,
+            source.config,
+            self._codes,
+            timeout_s=source.startup_timeout_s,
+        )
+        self._listed = sum(counts.values())
+        return [
+            part_name(topic, partition)
+            for topic, count in counts.items()
+            for partition in range(count)
+        ]
+
+    def add(self, name: str, resume_offset: int | None) -> _Part:
+        if self._leader is not None:
+            raise SourceError(
+                f"the engine built {name} after this worker began to read; this source knows "
+                "Bytewax 0.21.1, which does not. Run with that version"
+            )
+        topic, _, partition = name.rpartition("/")
+        self._lanes[name] = _Lane(name, topic, self._codes[topic], int(partition), resume_offset)
+        self._parts += 1
+        return _Part(name, self)
+
+    def _begin(self, leader: str) -> None:
+        """Assign the consumer, at concrete offsets, and make `leader` the part that emits."""
+        if leader != min(self._lanes):
+            raise SourceError(f"the engine called {leader} before {min(self._lanes)}")
+        self._leader = self._lanes[leader]
+        # The order of lanes is the order of ties: topic priority, then partition.
+        self._order = sorted(self._lanes.values(), key=lambda lane: (lane.source, lane.partition))
+        self._index = {lane.name: index for index, lane in enumerate(self._order)}
+        widest = max(lane.partition for lane in self._order) + 1
+        self._table = np.full((len(self._codes), widest), -1, dtype=np.intp)
+        for index, lane in enumerate(self._order):
+            self._table[lane.source, lane.partition] = index
+        deadline = time.monotonic() + self._source.startup_timeout_s
+        offsets = [self._start_offset(lane, deadline) for lane in self._order]
+        self._merge = Interleaver([(lane.source, lane.partition) for lane in self._order], offsets)
+        per_lane = max(1000, _BUFFER_ALL_PARTITIONS // len(self._order))
+        self._most_buffered = min(self._source.buffer_records, per_lane)
+        self._consumer.assign(
+            [
+                TopicPartition(lane.topic, lane.partition, offset)
+                for lane, offset in zip(self._order, offsets, strict=True)
+            ]
+        )
+        # A worker that has every partition has no others to keep in phase with.
+        if self._source.phase_keeping and len(self._lanes) < self._listed:
+            self._phase = PhaseKeeper(self._source.epoch_interval_s)
+        self._last_turn = time.monotonic()
+        logger.info("reading %s", dict(zip(self._index, offsets, strict=True)))
+
+    def _start_offset(self, lane: _Lane, deadline: float) -> int:
+        low, high = self._watermarks(lane, deadline)
+        offset = lane.resume_offset
+        if offset is None:
+            return low if self._source.start == "earliest" else high
+        if low <= offset <= high:
+            return offset
+        if offset < low and self._source.resume_past_retention:
+            self._source.stats.skipped += low - offset
+            logger.error("%s: %d records after offset %d are gone", lane.name, low - offset, offset)
+            return low
+        raise StartupError(_out_of_range(lane, offset, low, high))
+
+    def _watermarks(self, lane: _Lane, deadline: float) -> tuple[int, int]:
+        while True:
+            try:
+                found = self._consumer.get_watermark_offsets(
+                    lane.topic_partition, timeout=max(0.1, deadline - time.monotonic())
+                )
+                if found is not None:
+                    low, high = found
+                    return int(low), int(high)
+                reason = "timed out"
+            except KafkaException as error:
+                reason = error.args[0].str()
+            if time.monotonic() >= deadline:
+                raise StartupError(
+                    f"the leader of {lane.name} gave no offsets within "
+                    f"{self._source.startup_timeout_s:g} s ({reason}): see to the brokers at "
+                    f"{self._source.config.get('bootstrap.servers')!r}"
+                )
+            time.sleep(0.1)
+
+    # Run
+
+    def turn(self, part: _Part) -> list[Records]:
+        """Return what there is for the part to emit now: a batch, if it is the leader."""
+        if self._leader is None:
+            self._begin(part.name)
+        leader = self._leader
+        if leader is None or part.name != leader.name:
+            return []
+        if self._phase is not None:
+            self._phase.turn()
+        source = self._source
+        if source.between_batches is not None:
+            source.between_batches()
+        if leader.snapshots > self._epochs_seen:
+            self._epoch_is_durable(leader.snapshots)
+        self._at_once = False
+        if self._part_ahead:
+            return []
+        if _drain.is_set() and self._drain_after is None:
+            self._drain_after = leader.snapshots
+        if self._drain_after is not None:
+            return []
+        if time.monotonic() >= self._next_observation:
+            self._observe()
+        records = self._read(max(1, source.batch_size()))
+        if records is None:
+            if source.stop_at_end and self._everything_emitted():
+                self._drain_after = leader.snapshots
+            return []
+        for code, count in enumerate(np.bincount(records.source).tolist()):
+            if count:
+                source.stats.read[source.topics[code].name] += count
+        return [records]
+
+    def next_awake(self, part: _Part) -> datetime | None:
+        if self._leader is None:
+            return None
+        if part.name != self._leader.name:
+            return _NEVER
+        return datetime.now(UTC) if self._at_once else None
+
+    def snapshot(self, part: _Part) -> int:
+        lane, leader = self._lanes[part.name], self._leader
+        if leader is None:  # an epoch shorter than the start-up: `turn` comes first, so never
+            raise SourceError(f"the engine snapshotted {part.name} before it was read")
+        lane.snapshots += 1
+        if lane is leader and self._phase is not None:
+            self._phase.snapshot()
+        self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
+        return int(self._merge.emitted[self._index[part.name]])
+
+    def _epoch_is_durable(self, epoch: int) -> None:
+        behind = [lane.name for lane in self._order if lane.snapshots < epoch]
+        if behind:
+            raise SourceError(
+                f"the engine began an epoch on {self._order[0].name} that {', '.join(behind)} has "
+                "not reached; this source knows Bytewax 0.21.1, which does not. Run with that"
+            )
+        self._epochs_seen = epoch
+        self._commit()
+        if self._drain_after is not None and epoch > self._drain_after:
+            self._await_commit()
+            logger.info("drained")
+            raise AbortExecution
+
+    def _read(self, limit: int) -> Records | None:
+        now = time.monotonic()
+        elapsed_s, self._last_turn = min(now - self._last_turn, 0.5), now
+        merge = self._merge
+        # Rows that are here and may go come first: reading more would only fill the buffers.
+        if merge.ready < limit and not merge.release(limit, self._bound()):
+            want = min(max(2 * limit, 256), 10_000)
+            received = self._consumer.consume(want, 0)
+            if received:
+                self._accept(received)
+                merge.release(limit, self._bound())
+            # More may be waiting: do not let the engine cool down for a millisecond.
+            self._at_once = len(received) == want
+        records = merge.take(limit)
+        if records is None and merge.buffered:
+            self._give_up_on_silent_lanes(elapsed_s)
+        self._pause_and_resume()
+        return records
+
+    def _accept(self, messages: list[Message]) -> None:
+        events: list[Message] = []
+        if any(map(Message.error, messages)):
+            events = [message for message in messages if message.error()]
+            messages = [message for message in messages if not message.error()]
+        count = len(messages)
+        if count:
+            if self._source.stats.outage_since is not None:
+                self._outage_is_over()
+            partition = np.fromiter(map(Message.partition, messages), np.intp, count)
+            if len(self._codes) == 1:
+                code = np.zeros(count, np.intp)
+            else:
+                topics = map(Message.topic, messages)
+                code = np.fromiter(map(self._codes.__getitem__, topics), np.intp, count)
+            append_time = np.fromiter(
+                map(itemgetter(1), map(Message.timestamp, messages)), np.int64, count
+            )
+            self._merge.push(
+                messages,
+                self._table[code, partition],
+                np.fromiter(map(Message.offset, messages), np.int64, count),
+                append_time,
+                self._stream_times(messages, code, append_time),
+            )
+        for event in events:
+            self._accept_event(event)
+
+    def _stream_times(
+        self, messages: list[Message], code: npt.NDArray[np.intp], append_time: Int64s
+    ) -> Int64s:
+        first = int(code[0])
+        if (code == first).all():
+            decode = self._decoders[first]
+            times = _times(decode, list(map(Message.value, messages)))
+        else:
+            values = np.fromiter(map(Message.value, messages), object, len(messages))
+            times = np.empty(len(messages), np.int64)
+            for index in np.unique(code).tolist():
+                rows = code == index
+                times[rows] = _times(self._decoders[index], values[rows].tolist())
+        believed = (times >= 0) & (times <= append_time + self._source.max_clock_skew_ms)
+        return np.where(believed, times, NO_TIME)
+
+    def _accept_event(self, event: Message) -> None:
+        error = event.error()
+        topic, partition, offset = event.topic(), event.partition(), event.offset()
+        assert error is not None
+        name = part_name(topic, partition) if topic is not None and partition is not None else ""
+        lane = self._lanes.get(name)
+        code = error.code()
+        if code == KafkaError._PARTITION_EOF and lane is not None:
+            lane.at_end_offset = offset or 0
+            if self._source.stats.outage_since is not None:
+                self._outage_is_over()
+        elif code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE) and lane:
+            low, high = self._watermarks(lane, time.monotonic() + 5.0)
+            received = int(self._merge.received[self._index[lane.name]])
+            raise SourceError(_out_of_range(lane, received, low, high))
+        elif code in (
+            KafkaError.UNKNOWN_TOPIC_OR_PART,
+            KafkaError._UNKNOWN_TOPIC,
+            KafkaError._UNKNOWN_PARTITION,
+        ):
+            raise SourceError(
+                f"{name or topic} no longer exists on the brokers ({error.str()}). Restore the "
+                "topic, or start with a new recovery directory and other topics"
+            )
+        elif error.fatal() or not (error.retriable() or code < 0):
+            raise SourceError(f"reading {name or 'Kafka'} failed: {error.str()} ({error.name()})")
+        else:
+            self._log_outage(f"{name}: {error.str()}")
+
+    # Order
+
+    def _bound(self) -> tuple[int, int] | None:
+        """Return the release bound of the lane furthest behind that has more to come."""
+        if not any(self._merge.waiting):
+            return None
+        latest = self._merge.latest
+        # Lanes hold in the order of `bound`, so the first one that holds sets it.
+        for index in np.argsort(latest, kind="stable").tolist():
+            if self._holds(index):
+                return self._merge.bound((index,))
+        return None
+
+    def _holds(self, index: int) -> bool:
+        lane = self._order[index]
+        received = int(self._merge.received[index])
+        return received != lane.released_at and not self._at_end(lane, received)
+
+    def _at_end(self, lane: _Lane, received: int) -> bool:
+        # The event is what tells after a transaction: its marker is the last offset, not a record.
+        if lane.at_end_offset >= received:
+            return True
+        found = self._consumer.get_watermark_offsets(lane.topic_partition, cached=True)
+        return found is not None and 0 <= found[1] <= received
+
+    def _give_up_on_silent_lanes(self, elapsed_s: float) -> None:
+        """Stop waiting for lanes that have kept the others waiting for `max_hold_s`."""
+        stats, merge = self._source.stats, self._merge
+        stats.held_s += elapsed_s
+        for index, lane in enumerate(self._order):
+            if merge.waiting[index] or not self._holds(index):
+                lane.silent_s = 0.0
+                continue
+            lane.silent_s += elapsed_s
+            if lane.silent_s >= self._source.max_hold_s:
+                lane.silent_s = 0.0
+                lane.released_at = int(merge.received[index])
+                stats.hold_timeouts += 1
+                logger.warning(
+                    "%s has more records but sent none for %.1f s; the others go on without it",
+                    lane.name,
+                    self._source.max_hold_s,
+                )
+
+    def _pause_and_resume(self) -> None:
+        # Not `pause` and `resume`: after those, librdkafka 2.16 sends nothing for up to a second
+        # (nobody wakes the broker's thread), and resumes at an offset of its own reckoning.
+        for index, (lane, waiting) in enumerate(zip(self._order, self._merge.waiting, strict=True)):
+            if not lane.paused and waiting >= self._most_buffered:
+                self._consumer.incremental_unassign([lane.topic_partition])
+                lane.paused = True
+            elif lane.paused and waiting <= self._most_buffered // 2:
+                received = int(self._merge.received[index])
+                self._consumer.incremental_assign(
+                    [TopicPartition(lane.topic, lane.partition, received)]
+                )
+                lane.paused = False
+
+    def _everything_emitted(self) -> bool:
+        received = self._merge.received.tolist()
+        return not self._merge.buffered and all(
+            self._at_end(lane, offset) for lane, offset in zip(self._order, received, strict=True)
+        )
+
+    # Tell
+
+    def _observe(self) -> None:
+        self._next_observation = time.monotonic() + _OBSERVE_EVERY_S
+        stats = self._source.stats
+        stats.buffered = self._merge.buffered
+        for index, lane in enumerate(self._order):
+            found = self._consumer.get_watermark_offsets(lane.topic_partition, cached=True)
+            if found is not None and found[1] >= 0:
+                emitted = int(self._merge.emitted[index])
+                stats.lag[lane.topic, lane.partition] = max(0, found[1] - emitted)
+        if self._source.observe is not None:
+            self._source.observe(stats)
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            raise SourceError(f"the Kafka consumer failed: {error.str()} ({error.name()})")
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            stats = self._source.stats
+            if stats.outage_since is None:
+                stats.outage_since = time.monotonic()
+            self._log_outage(error.str())
+
+    def _log_outage(self, what: str) -> None:
+        now = time.monotonic()
+        if now >= self._next_outage_log:
+            self._next_outage_log = now + _LOG_EVERY_S
+            logger.warning("%s; waiting for the brokers", what)
+
+    def _outage_is_over(self) -> None:
+        since, self._source.stats.outage_since = self._source.stats.outage_since, None
+        if since is not None:
+            logger.warning("a broker answers again after %.1f s", time.monotonic() - since)
+
+    def _commit(self) -> None:
+        offsets = [
+            TopicPartition(lane.topic, lane.partition, int(offset))
+            for lane, offset in zip(self._order, self._merge.emitted, strict=True)
+        ]
+        self._committing = True
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            self._on_commit(error.args[0], offsets)
+
+    def _on_commit(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        del offsets
+        self._committing = False
+        now = time.monotonic()
+        if error is not None and now >= self._next_commit_log:
+            self._next_commit_log = now + _LOG_EVERY_S
+            logger.warning(
+                "the group %r was not told the offsets: %s. Lag tools show too much; the flow "
+                "itself does not need them",
+                self._source.config["group.id"],
+                error.str(),
+            )
+
+    def _await_commit(self) -> None:
+        deadline = time.monotonic() + _LAST_COMMIT_S
+        while self._committing and time.monotonic() < deadline:
+            self._consumer.poll(0.02)
+
+    # Stop
+
+    def remove(self, part: _Part) -> None:
+        del part
+        self._parts -= 1
+        if not self._parts:
+            self.close()
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+def _stream_time_decoder(name: str) -> Callable[[bytes], Any]:
+    record = msgspec.defstruct("StreamTime", [("ms", int)], rename={"ms": name}, gc=False)
+    return msgspec.json.Decoder(record).decode
+
+
+def _times(decode: Callable[[bytes], Any], values: list[Any]) -> Int64s:
+    """Return the stream time of each value, in ms; `NO_TIME` where there is none."""
+    try:
+        return np.array([decode(value).ms for value in values], dtype=np.int64)
+    except (*_NOT_DECODABLE, OverflowError):
+        return np.array([_time(decode, value) for value in values], dtype=np.int64)
+
+
+def _time(decode: Callable[[bytes], Any], value: Any) -> int:
+    try:
+        time_ms = int(decode(value).ms)
+    except _NOT_DECODABLE:
+        return NO_TIME
+    return time_ms if 0 <= time_ms < 1 << 62 else NO_TIME
+
+
+def _out_of_range(lane: _Lane, offset: int, low: int, high: int) -> str:
+    if offset < low:
+        return (
+            f"{lane.name}: the next record to read has offset {offset}, but the broker has only "
+            f"{low} to {high}: the topic's retention deleted {low - offset} unread records. Go on "
+            "with resume_past_retention (the gap is counted), or start with a new recovery "
+            "directory; and make the retention longer than the longest stop"
+        )
+    return (
+        f"{lane.name}: the next record to read has offset {offset}, but the broker has only {low} "
+        f"to {high}: the topic was recreated, or lost records. Start with a new recovery directory"
+    )

@@ -1,0 +1,114 @@
+"""A dead letter holds the record as it came, and everything needed to find and replay it."""
+
+import hashlib
+
+import pytest
+from confluent_kafka import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataflows.kafka.dead_letter import dead_letters
+from dataflows.kafka.replay import DeadLetter, Progress, ReplayError, parse_start
+
+
+def refused(
+    value: bytes | None = b"not json",
+    key: bytes | None = b"C0001",
+    headers: list[tuple[str, bytes | None]] | None = None,
+    offset: int = 7,
+) -> Message:
+    return Message(
+        topic="transactions",
+        partition=2,
+        offset=offset,
+        key=key,
+        value=value,
+        headers=headers,
+        timestamp=(1, 1_700_000_000_000),
+    )
+
+
+def read_back(message: Message, **options: int) -> DeadLetter:
+    out = dead_letters([message], ["invalid_json"], ["at byte 3"], **options)
+    return DeadLetter.of(
+        Message(
+            topic="dead_letters",
+            partition=0,
+            offset=0,
+            key=out.keys[0],
+            value=out.values[0],
+            headers=out.headers_of(0),
+        )
+    )
+
+
+@pytest.mark.parametrize("value", [b"not json", b"", None, b"\xff\xfe"])
+@pytest.mark.parametrize("key", [b"C0001", b"", None])
+def test_key_and_bytes_are_kept(value: bytes | None, key: bytes | None) -> None:
+    letter = read_back(refused(value, key))
+    assert (letter.key, letter.value) == (key, value)
+    assert (letter.reason, letter.detail) == ("invalid_json", "at byte 3")
+    assert (letter.topic, letter.source_partition, letter.source_offset) == ("transactions", 2, 7)
+    assert letter.timestamp == 1_700_000_000_000
+    assert letter.full_bytes is None
+
+
+def test_identity_and_time_are_those_of_the_refused_record() -> None:
+    out = dead_letters([refused(), refused(offset=8)], ["a", "b"], ["", ""])
+    assert out.event_ids == [b"transactions/2/7", b"transactions/2/8"]
+    assert out.append_time.tolist() == [1_700_000_000_000] * 2
+
+
+def test_a_value_that_is_too_long_is_cut_and_its_hash_kept() -> None:
+    value = b"x" * 1000
+    letter = read_back(refused(value), max_value_bytes=100)
+    assert letter.value == b"x" * 100
+    assert letter.full_bytes == 1000
+    assert letter.sha256 == hashlib.sha256(value).hexdigest()
+
+
+def test_own_headers_are_kept_and_a_second_refusal_counts() -> None:
+    own: list[tuple[str, bytes | None]] = [("traceparent", b"00-ab"), ("empty", None)]
+    before: list[tuple[str, bytes | None]] = [
+        ("dlq.reason", b"older"),
+        ("dlq.replayed", b"2"),
+        ("event_id", b"older"),
+    ]
+    letter = read_back(refused(headers=own + before))
+    assert [header for header in letter.headers if header[0] != "event_id"] == own
+    assert letter.reason == "invalid_json"
+    assert letter.replayed == 2
+
+
+def test_a_message_that_was_never_consumed_is_refused() -> None:
+    with pytest.raises(ValueError, match="consumed"):
+        dead_letters([Message(value=b"x")], ["a"], ["b"])
+
+
+@given(st.integers(0, 20), st.lists(st.integers(0, 60)))
+def test_progress_survives_its_commit(start: int, marks: list[int]) -> None:
+    progress = Progress(start)
+    for mark in marks:
+        progress.mark(mark)
+    again = Progress.of(progress.offset, progress.metadata())
+    for offset in range(70):
+        done = offset < start or offset in marks
+        assert progress.is_done(offset) == done
+        assert again.is_done(offset) == done
+    assert not again.is_done(again.offset)
+
+
+def test_progress_refuses_what_it_cannot_keep() -> None:
+    progress = Progress(0)
+    for offset in range(1, 4000, 2):
+        progress.mark(offset)
+    with pytest.raises(ReplayError, match="replay the other reasons too"):
+        progress.metadata()
+    with pytest.raises(ReplayError, match="no replay wrote"):
+        Progress.of(3, "somebody's note")
+
+
+@pytest.mark.parametrize("text", ["x", "1:", ":", "a:3", "7:3", "-1"])
+def test_a_wrong_start_is_named(text: str) -> None:
+    with pytest.raises(ReplayError, match="'" + text):
+        parse_start([text], 2)
