@@ -58,10 +58,15 @@ def during_night(event_time: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
 
 WINDOWS = ("1d", "7d", "30d")
 
+#: Terminals that work offline hand in their day's transactions at night; and a replay at
+#: thousands of times real speed turns a second between two partitions into hours.
+LATENESS = "1d"
+
 CARD = FeatureView(
     "card",
     key="card_id",
     of=Transaction,
+    lateness=LATENESS,
     features=[Count(over=WINDOWS), Mean("amount", over=WINDOWS)],
 )
 
@@ -72,6 +77,7 @@ TERMINAL = FeatureView(
     key="terminal_id",
     of=Transaction,
     delay="7d",
+    lateness=LATENESS,
     features=[
         Count(over=WINDOWS),
         Ratio(Count(source=FraudReport), Count(), over=WINDOWS, empty=0.0, name="risk"),
