@@ -25,16 +25,17 @@ OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 
 
 class LatencyHistogram(Collector):
-    """A latency distribution fed with arrays: exact to 1 % from 10 µs to an hour.
+    """A latency distribution fed with arrays: exact to 1 % from 10 µs to an hour, then "an hour".
 
     Kept as an HDR histogram, exported as a Prometheus histogram.
     """
 
     _UNIT_S = 1e-5
+    _MOST_UNITS = round(3600 / _UNIT_S)
 
     def __init__(self, name: str, help: str, registry: CollectorRegistry) -> None:
         self._name, self._help = name, help
-        self._histogram = HdrHistogram(1, round(3600 / self._UNIT_S), 2)
+        self._histogram = HdrHistogram(1, self._MOST_UNITS, 2)
         self._bounds = np.array(LATENCY_BOUNDS_S)
         self._buckets = np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64)
         self._sum = 0.0
@@ -49,9 +50,10 @@ class LatencyHistogram(Collector):
         self._buckets += np.bincount(
             np.searchsorted(self._bounds, seconds), minlength=len(self._buckets)
         )
-        units, counts = np.unique(np.rint(seconds / self._UNIT_S), return_counts=True)
-        for unit, count in zip(units.tolist(), counts.tolist(), strict=True):
-            self._histogram.record_value(max(1, int(unit)), count)
+        # HdrHistogram drops what is out of its range, and a backlog can be hours old.
+        in_range = np.clip(np.rint(seconds / self._UNIT_S), 1, self._MOST_UNITS)
+        for unit, count in zip(*np.unique(in_range, return_counts=True), strict=True):
+            self._histogram.record_value(int(unit), int(count))
 
     def percentile_ms(self, *percentiles: float) -> dict[str, float | None]:
         """Return percentiles in ms, by name: ``{"p50": 2.1, …}``; None before any observation."""

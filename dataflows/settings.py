@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     )
     feast_repo: Path = Field(description="Feast repository with the profiles' online store")
     feast_cache_ttl_s: float = Field(
-        300, ge=0, le=86_400, description="How long a profile is served from the cache (s)"
+        300, gt=0, le=86_400, description="How long a profile is served from the cache (s)"
     )
     feast_cache_rows: int = Field(
         100_000, ge=1, le=100_000_000, description="Most profiles cached of each view"
@@ -150,11 +150,13 @@ class Settings(BaseSettings):
 
 def load(**overrides: Any) -> Settings:
     """Read the settings; raise SettingsError naming every variable that is missing or wrong."""
-    file = os.environ.get("SETTINGS_FILE")
+    file = os.environ.get("SETTINGS_FILE") or None
     if file is not None and not Path(file).is_file():
         raise SettingsError(f"SETTINGS_FILE={file}: there is no such file")
     try:
         return Settings(_env_file=file, **overrides)  # type: ignore[call-arg]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"SETTINGS_FILE={file} cannot be read: {error}") from None
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
 

@@ -113,7 +113,8 @@ class EventDecoder:
         max_bytes: longest accepted value.
 
     A field of one type that another type lacks is filled with ``b""``, 0 or NaN there.
-    Unknown JSON members are ignored; of a repeated member the last one counts.
+    Unknown JSON members are ignored; of a repeated member the last one counts, if all are of the
+    right type.
     """
 
     def __init__(

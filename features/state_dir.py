@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ class StateManifest(msgspec.Struct, frozen=True):
     #: The state is as of the last event before this stream time, ms; go on with the next one.
     until: int
     events: dict[str, int]
+    #: Path in the directory → sha256 of the snapshot; `write_state` fills it in.
+    files: dict[str, str] = {}
 
 
 class StateError(ValueError):
@@ -35,13 +38,25 @@ class StateError(ValueError):
 def write_state(
     directory: Path, manifest: StateManifest, states: Mapping[str, Mapping[int, bytes]]
 ) -> None:
-    """Write snapshots by view and shard, replacing what was there; all or nothing."""
+    """Write snapshots by view and shard, replacing the state that was there; all or nothing.
+
+    Raises StateError if the directory holds something else, which is left alone.
+    """
+    foreign = directory.exists() and not (directory / "manifest.json").exists()
+    if foreign and (not directory.is_dir() or any(directory.iterdir())):
+        raise StateError(
+            f"{directory} holds something else than window state, which would be deleted; "
+            "name a new directory"
+        )
+    files: dict[str, str] = {}
     building = directory.with_name(directory.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     for view, shards in states.items():
         (building / view).mkdir(parents=True)
         for shard, snapshot in shards.items():
-            (building / view / f"{shard:03d}.windows").write_bytes(snapshot)
+            (building / _path(view, shard)).write_bytes(snapshot)
+            files[_path(view, shard)] = _sha256(snapshot)
+    manifest = msgspec.structs.replace(manifest, files=files)
     (building / "manifest.json").write_bytes(
         msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     )
@@ -49,8 +64,18 @@ def write_state(
     building.rename(directory)
 
 
+def _path(view: str, shard: int) -> str:
+    return f"{view}/{shard:03d}.windows"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 class StateDir:
-    """Read a state directory after checking that it fits these features and this shard count.
+    """Read a state directory after checking that it is whole, and fits features and shard count.
+
+    A shard that is missing would silently start empty, so all are read once at the start.
 
     Raises StateError, saying what to run, if it does not.
     """
@@ -76,7 +101,17 @@ class StateDir:
                     f"{value!r}; {again}"
                 )
 
+        if not self.manifest.files:
+            raise StateError(f"{directory}/manifest.json lists no snapshot; {again}")
+        for path, expected_hash in self.manifest.files.items():
+            try:
+                found_hash = _sha256((directory / path).read_bytes())
+            except OSError as error:
+                raise StateError(f"{directory}/{path}: {error.strerror}; {again}") from error
+            if found_hash != expected_hash:
+                raise StateError(f"{directory}/{path} is damaged (its sha256 differs); {again}")
+
     def read(self, view: str, shard: int) -> bytes | None:
         """Return one shard's snapshot, or None if it had no event."""
-        path = self.directory / view / f"{shard:03d}.windows"
-        return path.read_bytes() if path.exists() else None
+        path = _path(view, shard)
+        return (self.directory / path).read_bytes() if path in self.manifest.files else None

@@ -253,12 +253,12 @@ def training_range(
 ) -> tuple[int, int]:
     """Return the event times [from, to) to train the shipped model on, milliseconds UTC.
 
-    By default the candidate's number of days up to seven days before the end of the frame (its
-    last midnight, rounded up), when the last label is known.
+    By default the candidate's number of days, or all there are, up to seven days before the end
+    of the frame (the midnight after its last event): until then every label is known.
     """
-    last = (int(frame.data.time.max()) // DAY + 1) * DAY
-    end = last - DELAY * DAY if train_to is None else train_to
-    start = end - SHIPPED.train_days * DAY if train_from is None else train_from
+    first, last = int(frame.data.time.min()) // DAY * DAY, int(frame.data.time.max()) // DAY * DAY
+    end = last + DAY - DELAY * DAY if train_to is None else train_to
+    start = max(first, end - SHIPPED.train_days * DAY) if train_from is None else train_from
     if not frame.data.fraud[frame.data.between(start, end)].any():
         raise TrainingError(
             f"no fraud to learn from between {_date(start)} and {_date(end)}; "
