@@ -870,13 +870,13 @@ class WindowState:
         frontier: int,
         headroom: int = 0,
     ) -> None:
-        """Replace the arrays by ones that hold just this, with room for as much again."""
+        """Replace the arrays by ones that hold just this, with room for half as much again."""
         counters = self._arrays.counters
-        # A log of n entries takes a region of at most 2n + 2 (n + 1 rounded up to a power of two).
-        regions = _SMALLEST_REGION * lengths.size + 2 * len(times)
+        sizes = np.maximum(2.0 ** np.ceil(np.log2(lengths + 1)), _SMALLEST_REGION)
+        regions = int(sizes[lengths > 0].sum())
         self._arrays = self._empty(
-            max(64, 2 * len(keys)),
-            max(1024, 2 * regions, regions + headroom),
+            max(64, len(keys) + len(keys) // 2),
+            max(1024, regions + regions // 2 + headroom),
             key_width=max(8, keys.shape[1]),
         )
         _import(self._arrays, keys, lengths, times, values, peaks)
@@ -884,7 +884,7 @@ class WindowState:
         self._arrays.counters[_LATE:] = counters[_LATE:]
 
     def _grow(self, needed: int) -> None:
-        """Drop what expired and make room; amortised O(1) an event, since room doubles."""
+        """Drop what expired and make room; amortised O(1) an event, since room grows by half."""
         largest = int(self._arrays.meta[..., _CAPACITY].max(initial=0))
         live = self._live()
         self._fill(*live, frontier=self.frontier, headroom=4 * max(largest, _SMALLEST_REGION))
