@@ -55,6 +55,10 @@ lock: ## rewrite requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes \
 		--no-emit-index-url --no-header --quiet --upgrade pyproject.toml -o requirements.lock
 
+.PHONY: docs
+docs: $(STAMP) ## rewrite the README's generated tables
+	$(BIN)/python docs/readme_tables.py
+
 .PHONY: clean
 clean: ## remove everything generated, .venv included
 	rm -rf .venv .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -95,7 +95,7 @@ def _show(args: argparse.Namespace, settings: Settings, topic: str) -> None:
     console.print(table)
     total = sum(counts.values())
     reasons = ", ".join(f"{reason or 'no reason'} {count}" for reason, count in counts.items())
-    console.print(f"{total} dead letters in {topic}, {len(shown)} shown. {reasons}")
+    console.print(f"{total} dead letters in {topic}, {len(shown)} shown. {reasons}", soft_wrap=True)
 
 
 def _replay(args: argparse.Namespace, settings: Settings, topic: str) -> int:
@@ -116,14 +116,16 @@ def _replay(args: argparse.Namespace, settings: Settings, topic: str) -> int:
     console = Console(markup=False)
     for letter, problem in result.impossible[:20]:
         console.print(
-            f"not replayed: {letter.partition}:{letter.offset} ({letter.reason}): {problem}"
+            f"not replayed: {letter.partition}:{letter.offset} ({letter.reason}): {problem}",
+            soft_wrap=True,
         )
     sent = sum(result.sent.values())
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(result.sent.items()))
     console.print(
         f"{sent} dead letters {'would be' if args.dry_run else 'were'} sent back"
         f"{f' ({reasons})' if reasons else ''}, {result.done_before} had been before, "
-        f"{len(result.impossible)} cannot be"
+        f"{len(result.impossible)} cannot be",
+        soft_wrap=True,
     )
     return 1 if result.impossible else 0
 

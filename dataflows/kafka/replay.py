@@ -11,6 +11,7 @@ A replay that dies between a delivery and its commit sends up to `COMMIT_EVERY` 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -225,9 +226,13 @@ def _records(
     if first >= end:
         return
     consumer.assign([TopicPartition(topic, partition, first)])
+    heard_at = time.monotonic()
     while True:
-        messages = consumer.consume(500, timeout_s)
-        if not messages:
+        # `consume` waits for all 500 or the timeout, so the timeout is short.
+        messages = consumer.consume(500, 0.05)
+        if messages:
+            heard_at = time.monotonic()
+        elif time.monotonic() - heard_at > timeout_s:
             raise ReplayError(f"{topic}/{partition} sent nothing for {timeout_s:g} s")
         for message in messages:
             error, offset = message.error(), message.offset() or 0

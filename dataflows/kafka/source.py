@@ -376,7 +376,8 @@ class _Reader:
         )
         # A worker that has every partition has no others to keep in phase with.
         if self._source.phase_keeping and len(self._lanes) < self._listed:
-            self._phase = PhaseKeeper(self._source.epoch_interval_s)
+            # A drain ends a sleep.
+            self._phase = PhaseKeeper(self._source.epoch_interval_s, sleep=_drain.wait)
         self._last_turn = time.monotonic()
         logger.info("reading %s", dict(zip(self._index, offsets, strict=True)))
 

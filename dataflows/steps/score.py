@@ -28,7 +28,7 @@ def score(
 
     Adds ``score`` (float64 probability of fraud), ``decision`` (position in DECISIONS),
     ``#features`` (rows × features, model order) and, for rows not approved, ``#reasons`` and
-    ``#contributions`` (rows × `reasons`; feature −1 where there is none).
+    ``#contributions`` (rows × `reasons`; feature −1 where there is none, as for a score of NaN).
     """
 
     def run(batches: list[EventBatch]) -> Iterable[EventBatch]:
@@ -38,7 +38,7 @@ def score(
             decisions = thresholds.decide(scores)
             why = np.full((len(batch), reasons), -1, np.int64)
             contributions = np.zeros((len(batch), reasons))
-            flagged = np.flatnonzero(decisions)
+            flagged = np.flatnonzero((decisions > 0) & ~np.isnan(scores))
             if reasons and len(flagged):
                 why[flagged], contributions[flagged] = scorer.explain(matrix[flagged], reasons)
             for decision, n in enumerate(np.bincount(decisions, minlength=len(DECISIONS)).tolist()):

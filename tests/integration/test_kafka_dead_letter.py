@@ -1,0 +1,134 @@
+"""Refused records go to the dead-letter topic and come back with the command."""
+
+import json
+from typing import Any
+
+import pytest
+from bytewax import operators as op
+from bytewax.dataflow import Dataflow
+from bytewax.testing import TestingSource, run_main
+from confluent_kafka import Message
+
+from dataflows.dead_letter import main
+from dataflows.kafka.dead_letter import dead_letters
+from dataflows.kafka.sink import KafkaSink, output
+from tests.integration.conftest import TestBroker
+
+LONG = b"y" * 5000
+
+
+class Topics:
+    """Refused records in a source topic, and their dead letters."""
+
+    def __init__(self, broker: TestBroker) -> None:
+        self.broker = broker
+        self.events = broker.topic("events", 2)
+        self.dead_letters = broker.topic("dead_letters", 2)
+        broker.produce(
+            self.events,
+            [
+                (0, b"k0", b"not json"),
+                (1, b"k1", None),
+                (0, None, b"no key"),
+                (1, b"k3", LONG),
+                (0, b"k4", b"not json either"),
+            ],
+            headers=[("traceparent", b"00-ab")],
+        )
+        refused = broker.read(self.events)
+        reasons = ["tombstone" if each.value() is None else "invalid_json" for each in refused]
+        flow = Dataflow("refusing")
+        batch = dead_letters(refused, reasons, ["why"] * len(refused), max_value_bytes=1000)
+        stream = op.input("inp", flow, TestingSource([batch]))
+        output("dead_letters", stream, KafkaSink(self.dead_letters, broker.config))
+        run_main(flow)
+
+    def run(self, *arguments: str) -> int:
+        servers: str = self.broker.config["bootstrap.servers"]
+        return main([*arguments, "--bootstrap-servers", servers, "--topic", self.dead_letters])
+
+    def back(self) -> list[Message]:
+        return [
+            message
+            for message in self.broker.read(self.events)
+            if "dlq.replayed" in dict(message.headers() or [])
+        ]
+
+
+@pytest.fixture
+def topics(broker: TestBroker) -> Topics:
+    return Topics(broker)
+
+
+def replay_arguments(topics: Topics, *more: str) -> tuple[str, ...]:
+    return ("replay", "--group", f"replay_{topics.dead_letters}", *more)
+
+
+def test_list_shows_what_was_refused_and_no_long_payload(
+    topics: Topics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert topics.run("list", "--json") == 0
+    shown: list[dict[str, Any]] = [
+        json.loads(line) for line in capsys.readouterr().out.splitlines()
+    ]
+    assert len(shown) == 5
+    assert {line["from"] for line in shown} == {
+        f"{topics.events}/{partition}/{offset}"
+        for partition, offset in [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
+    }
+    assert [line["value"] for line in shown if line["reason"] == "tombstone"] == [None]
+    long = next(line for line in shown if line["key"] == "k3")
+    assert long["value"] == "y" * 80 + "…"
+    assert long["value_bytes"] == 5000
+
+    assert topics.run("list", "--reason", "tombstone", "--limit", "10") == 0
+    table = capsys.readouterr().out
+    assert "1 dead letters" in table
+    assert "invalid_json" not in table
+
+
+def test_replay_sends_each_original_back_once(topics: Topics) -> None:
+    originals = topics.broker.read(topics.events)
+    assert topics.run(*replay_arguments(topics, "--dry-run")) == 0
+    assert topics.back() == []
+    assert topics.run(*replay_arguments(topics)) == 0
+    back = topics.back()
+    assert sorted(
+        ((each.partition(), each.key(), each.value()) for each in back), key=repr
+    ) == sorted(((each.partition(), each.key(), each.value()) for each in originals), key=repr)
+    for each in back:
+        assert each.headers()[-1] == ("dlq.replayed", b"1")
+        assert ("traceparent", b"00-ab") in each.headers()
+        assert [name for name, _ in each.headers() if name.startswith("dlq.")] == ["dlq.replayed"]
+    assert topics.run(*replay_arguments(topics)) == 0
+    assert len(topics.back()) == 5
+
+
+def test_replay_by_reason_leaves_the_others_for_later(topics: Topics) -> None:
+    assert topics.run(*replay_arguments(topics, "--reason", "tombstone")) == 0
+    assert [each.value() for each in topics.back()] == [None]
+    assert topics.run(*replay_arguments(topics)) == 0
+    assert len(topics.back()) == 5
+    assert topics.run(*replay_arguments(topics, "--from", "0")) == 0
+    assert len(topics.back()) == 10
+
+
+def test_what_cannot_be_restored_is_said_and_nothing_else_is_sent_for_it(
+    topics: Topics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if topics.broker.dev is None:
+        pytest.skip("needs a broker that deletes records on request")
+    topics.broker.dev.delete_records(topics.events, 1, 2)
+    assert topics.run(*replay_arguments(topics)) == 1
+    said = capsys.readouterr().out
+    assert "its value was cut" in said
+    assert "no longer on the brokers" in said
+    assert len(topics.back()) == 4
+
+
+def test_an_absent_topic_is_an_error_with_a_name(
+    broker: TestBroker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers: str = broker.config["bootstrap.servers"]
+    assert main(["list", "--bootstrap-servers", servers, "--topic", "no_such"]) == 2
+    assert "topic 'no_such' does not exist" in capsys.readouterr().err
