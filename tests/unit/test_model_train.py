@@ -1,5 +1,6 @@
 """Training refuses leaks and unfaithful exports, and builds the same package twice."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
 from features.fraud import FRAUD
-from model import export, package, train
+from model import export, metrics, package, train
 from model.metrics import DAY, Labelled, midnight
 from model.scorer import Scorer, session
 
@@ -124,6 +125,20 @@ def test_nothing_is_blocked_when_no_score_is_precise_enough() -> None:
     assert (limits.review, limits.block > 1.0) == (0.5, True)
 
 
+GOOD = {"auc": 0.87, "ap": 0.68, "cp100": 0.3}
+
+
+def evaluation(protocol: str = "chapter 5", **mean: float) -> train.Evaluation:
+    """Return the shipped candidate's line with these figures instead of good ones."""
+    nothing = np.array([], dtype=np.int64), np.array([])
+    return train.Evaluation(
+        train.SHIPPED,
+        protocol,
+        train.Judged(GOOD | mean, [], *nothing),
+        cost=train.Cost(1, 1.0, 1, 0.0),
+    )
+
+
 # The command
 
 
@@ -233,17 +248,146 @@ def test_frames_that_do_not_fit_their_labels_are_refused(tmp_path) -> None:
 
 
 def test_poor_results_on_the_handbooks_weeks_are_refused() -> None:
-    def result(**mean: float) -> train.Evaluation:
-        good = {"auc": 0.87, "ap": 0.68, "cp100": 0.3}
-        nothing = (np.array([], dtype=np.int64), np.array([]))
-        return train.Evaluation(
-            "forest", 7, "chapter 5", good | mean, [], None, 1, 1.0, 1, 0.0, nothing
-        )
-
-    train.check(result())
+    train.check(evaluation())
     for change in ({"ap": 0.27}, {"auc": 0.86}, {"cp100": 0.29}, {"ap": 0.76}):
         with pytest.raises(train.TrainingError):
-            train.check(result(**change))
+            train.check(evaluation(**change))
+    train.check(evaluation(protocol="last 2 weeks", ap=0.27))
+
+
+def test_untouched_weeks_neither_pass_nor_refuse_a_model() -> None:
+    judged = evaluation(ap=0.9).folds
+    train.check(dataclasses.replace(evaluation(), held_out=judged))
+    with pytest.raises(train.TrainingError, match="below target"):
+        train.check(dataclasses.replace(evaluation(ap=0.6), held_out=evaluation().folds))
+
+
+# What is reported
+
+
+@pytest.fixture(scope="module")
+def year() -> Labelled:
+    """Return a transaction an hour, of another card each, over all of the handbook's days."""
+    time = np.arange(midnight("2018-04-01"), midnight("2018-10-01"), 3_600_000)
+    card = np.array([f"C{i:04}" for i in range(len(time))])
+    return Labelled(time, card, np.arange(len(time)) % 5 == 0)
+
+
+def test_held_out_weeks_lie_after_every_week_that_decided(year) -> None:
+    _, deciding = metrics.folds(year, train_days=28)
+    reporting = metrics.held_out(year, train_days=28)
+    assert [fold.test.min() for fold in reporting] == [
+        np.searchsorted(year.time, midnight(day))
+        for day in ("2018-09-05", "2018-09-12", "2018-09-19")
+    ]
+    assert max(fold.test.max() for fold in deciding) < min(fold.test.min() for fold in reporting)
+    for fold in reporting:  # a week of delay between training and test, as everywhere
+        assert year.time[fold.train].max() < year.time[fold.test].min() - 7 * DAY
+    assert metrics.held_out(year.take(year.between(0, midnight("2018-09-25")))) == []
+
+
+def frame_of(count: int, profiles: int) -> train.Frame:
+    """Return a frame whose last profile tells the label, and whose features do not."""
+    rng = np.random.default_rng(6)
+    fraud = rng.random(count) < 0.1
+    known = rng.random((count, profiles)).astype(np.float32)
+    known[:, -1:] = fraud[:, None]
+    time = np.sort(rng.integers(midnight("2018-06-01"), midnight("2018-06-29"), count))
+    card = np.array([f"C{c:04}" for c in rng.integers(0, 500, count)])
+    rows = rng.random((count, 3)).astype(np.float32)
+    names = [f"p__{i}" for i in range(profiles)]
+    return train.Frame(["a", "b", "c"], rows, Labelled(time, card, fraud), names, known)
+
+
+def test_only_the_candidate_with_profiles_sees_them() -> None:
+    frame = frame_of(4000, profiles=2)
+    at = np.array([5, 1])
+    assert frame.inputs(train.SHIPPED, at).tolist() == frame.rows[at].tolist()
+    assert frame.inputs(train.WITH_PROFILES, at)[:, 3:].tolist() == frame.profiles[at].tolist()
+    without, within = (
+        train.evaluate(frame, one, cost=one.profiles)
+        for one in (train.SHIPPED, train.WITH_PROFILES)
+    )
+    assert without.folds.mean["ap"] < 0.3
+    assert within.folds.mean["ap"] > 0.95
+    assert within.cost is not None
+    assert within.cost.parity < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        ({"ap": 0.02}, "should take them in"),
+        ({"ap": 0.005}, "does not use the profiles"),
+        ({"ap": 0.02, "cp100": -0.001}, "does not use the profiles"),
+        ({"ap": -0.02}, "does not use the profiles"),
+    ],
+)
+def test_the_verdict_on_profiles_follows_from_their_line(gain: dict, verdict: str) -> None:
+    base = evaluation()
+    mean = {key: value + gain.get(key, 0.0) for key, value in base.folds.mean.items()}
+    other = dataclasses.replace(
+        base,
+        candidate=train.WITH_PROFILES,
+        folds=dataclasses.replace(base.folds, mean=mean),
+    )
+    limits = package.Thresholds(0.2, 0.9, "by hand")
+    text = train.markdown(frame_of(10, profiles=2), [other, base], limits)
+    assert verdict in text
+    assert f"{gain['ap']:+.3f} in AP" in text
+    assert "profiles" not in train.markdown(frame_of(10, profiles=0), [base], limits)
+
+
+def test_thresholds_are_tried_on_the_untouched_weeks() -> None:
+    data = Labelled(
+        midnight("2018-09-05") + np.array([0, 1, 2, DAY]),
+        np.array(["C0", "C0", "C1", "C1"]),
+        np.array([True, False, True, False]),
+    )
+    frame = dataclasses.replace(frame_of(4, profiles=0), data=data)
+    held_out = train.Judged(GOOD, [GOOD], np.arange(4), np.array([0.95, 0.5, 0.1, 0.92]))
+    text = train.markdown(
+        frame,
+        [dataclasses.replace(evaluation(), held_out=held_out)],
+        package.Thresholds(0.2, 0.9, "by hand"),
+    )
+    assert "1 test weeks from 2018-09-05 until 2018-09-06" in text
+    assert "sent 1 cards a day" in text  # C0 on the first day, C1 on the second
+    assert "50% of the frauds flagged" in text
+    assert "50% of the blocked transactions were frauds" in text
+
+
+def test_profile_columns_are_read_without_their_ages(tmp_path) -> None:
+    write_frame(tmp_path)
+    features, labels = tmp_path / "features.parquet", tmp_path / "transactions.parquet"
+    table = pq.read_table(features)
+    unknown = np.where(np.arange(len(table)) % 3 == 0, np.nan, 7.0)
+    for name in ("card_profile__mean", "card_profile__age_ms"):
+        table = table.append_column(name, pa.array(unknown))
+    pq.write_table(table, features)
+    frame = train.load(features, labels, FRAUD.names, profiles=True)
+    assert frame.profile_names == ["card_profile__mean"]
+    assert set(frame.profiles.ravel().tolist()) == {train.UNKNOWN, 7.0}
+    assert frame.names == list(FRAUD.names)
+    assert train.load(features, labels, FRAUD.names).profiles.shape == (len(table), 0)
+
+
+def test_the_table_fits_a_terminal_of_80_columns(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    longest = max((one.name for one in train.CANDIDATES), key=len)
+    monkeypatch.setattr(train, "SHIPPED", dataclasses.replace(train.SHIPPED, name=longest))
+    assert train.main(write_frame(tmp_path)) == 0
+    heading, line, *_ = capsys.readouterr().out.splitlines()
+    assert heading.split() == " ".join(train.ON_SCREEN).split()
+    assert line.startswith(longest)
+    assert line.split()[-1].replace(".", "").isdigit()
+
+
+def test_threads_do_not_change_a_forest(labelled) -> None:
+    rows, fraud = labelled
+    forests = [train.SHIPPED.make().set_params(n_jobs=jobs).fit(rows, fraud) for jobs in (1, 2)]
+    first, second = (export.to_onnx(forest, 4) for forest in forests)
+    assert first == second
 
 
 def test_one_row_is_one_answer(labelled, forest) -> None:

@@ -1,0 +1,88 @@
+"""The step ids of the flow are keys of the recovery store, so they do not change by accident."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from bytewax.dataflow import Dataflow
+
+from dataflows.fraud import graph
+from dataflows.kafka.sink import KafkaSink
+from dataflows.kafka.source import KafkaSource, SourceTopic
+from dataflows.runtime import Runtime
+from dataflows.steps.windows import Shards
+from features.events import EventDecoder
+from features.fraud import SOURCES
+from model.package import Thresholds
+
+#: Steps that keep something in the recovery store, by nested step id and operator.
+#:
+#: Renaming one (or wrapping it in another operator, or renaming the flow) makes Bytewax look for
+#: its state under another key and start it *empty, silently*: offsets from the beginning, windows
+#: without a past. If that is what you want, say so in the release notes: who upgrades needs a new
+#: recovery directory and a new `features.offline --state`.
+STATEFUL = [
+    ("fraud.records", "input"),
+    ("fraud.card.state", "stateful_batch"),
+    ("fraud.terminal.state", "stateful_batch"),
+    ("fraud.predictions.write", "output"),
+    ("fraud.dead_letters.write", "output"),
+    ("fraud.audit.write", "output"),
+]
+#: The sentence of the graph.
+STEPS = ["records", "decode", "card", "terminal", "answered", "profiles", "score"]
+STEPS += ["encode", "sample", "predictions", "dead_letters", "audit"]
+
+
+class _Scorer:
+    version = "0123456789ab"
+
+
+def laid() -> Dataflow:
+    """Lay the graph over connections that are never opened."""
+    nowhere = {"bootstrap.servers": "127.0.0.1:1"}
+    topics = [SourceTopic(event.__name__, event.stream_time) for event in SOURCES]
+    unused = cast(Any, None)
+    return graph(
+        Runtime(
+            source=KafkaSource(topics, nowhere, group_id="g"),
+            topics=[topic.name for topic in topics],
+            decoder=EventDecoder(SOURCES),
+            shards=Shards(16),
+            store=unused,
+            scorer=cast(Any, _Scorer()),
+            thresholds=Thresholds(0.2, 0.9, "by hand"),
+            reasons=3,
+            predictions=KafkaSink("predictions", nowhere),
+            dead_letters=KafkaSink("dead_letters", nowhere),
+            audit=KafkaSink("audit", nowhere),
+            audit_share=0.01,
+        )
+    )
+
+
+def walk(steps: list[Any]) -> Iterator[tuple[str, str]]:
+    for step in steps:
+        yield step.step_id, type(step).__name__
+        yield from walk(getattr(step, "substeps", []))
+
+
+def test_the_ids_of_stateful_steps_are_frozen() -> None:
+    kinds = {"input", "output", "stateful_batch"}
+    every = list(walk(laid().substeps))
+    leaves = [(i, kind) for i, kind in every if kind in kinds]
+    innermost = [
+        (i, kind) for i, kind in leaves if not any(j.startswith(f"{i}.") for j, _ in leaves)
+    ]
+    assert innermost == STATEFUL
+
+
+def test_the_graph_is_the_sentence() -> None:
+    assert [step.step_id for step in laid().substeps] == [f"fraud.{step}" for step in STEPS]
+
+
+def test_the_graph_keeps_to_a_page() -> None:
+    source = Path(graph.__code__.co_filename).read_text()
+    assert len(source.splitlines()) <= 80

@@ -1,0 +1,531 @@
+"""Each step in real Bytewax, between a testing source and a testing sink."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import bytewax.operators as op
+import numpy as np
+import pytest
+from bytewax.dataflow import Dataflow, Stream
+from bytewax.recovery import RecoveryConfig, init_db_dir
+from bytewax.testing import TestingSink, TestingSource, run_main
+from confluent_kafka import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataflows.kafka.records import OutRecords, Records
+from dataflows.metrics import OUTCOMES, Metrics
+from dataflows.steps import answered as answered_step
+from dataflows.steps import decode as decode_step
+from dataflows.steps import lookup as lookup_step
+from dataflows.steps import score as score_step
+from dataflows.steps import windows as windows_step
+from dataflows.steps.answered import answered
+from dataflows.steps.decode import decode
+from dataflows.steps.encode import AuditRecord, Prediction, audit, encode
+from dataflows.steps.lookup import lookup
+from dataflows.steps.score import score
+from dataflows.steps.windows import Shards, windows
+from features.batch import EventBatch
+from features.events import EventDecoder
+from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
+from features.offline import Replay
+from features.online_store import StoreUnavailable
+from features.profiles import CUSTOMER_PROFILE, PROFILES, TERMINAL_PROFILE
+from features.state_dir import FORMAT, StateDir, StateManifest, write_state
+from model.package import DECISIONS, Thresholds
+from tests.bad_input import ACCEPTED, APPENDED, REFUSED, wire
+from tests.bad_input import transaction as wire_transaction
+
+TOPICS = ["fraud_reports", "transactions"]
+REPORT, TRANSACTION = SOURCES.index(FraudReport), SOURCES.index(Transaction)
+DAY = 86_400_000
+Step = Callable[[Stream[Any]], Stream[Any]]
+
+
+@pytest.fixture(autouse=True)
+def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
+    """Metrics of the test's own."""
+    own = Metrics()
+    for module in (answered_step, decode_step, lookup_step, score_step, windows_step):
+        monkeypatch.setattr(module, "METRICS", own)
+    return own
+
+
+def count(metrics: Metrics, name: str, *labels: str) -> float:
+    return float(getattr(metrics, name).labels(*labels)._value.get())
+
+
+def run(items: Sequence[Any], step: Step, **engine: Any) -> list[Any]:
+    """Send items through a step; return what comes out."""
+    out: list[Any] = []
+    flow = Dataflow("test")
+    op.output("out", step(op.input("in", flow, TestingSource(items))), TestingSink(out))
+    run_main(flow, **engine)
+    return out
+
+
+def events(rows: Sequence[tuple[int, str, str, int, int]], first_seq: int = 0) -> EventBatch:
+    """Return decoded rows (source, card, terminal, event time, cents)."""
+    n = len(rows)
+    source, card, terminal, event_time, amount = zip(*rows, strict=True)
+    return EventBatch(
+        {
+            "transaction_id": np.array([f"tx{first_seq + i}".encode() for i in range(n)], "S"),
+            "card_id": np.array([c.encode() for c in card], "S"),
+            "terminal_id": np.array([t.encode() for t in terminal], "S"),
+            "event_time": np.array(event_time, np.int64),
+            "amount": np.array(amount, np.int64),
+            "source": np.array(source, np.uint8),
+            "partition": np.arange(n, dtype=np.int32) % 3,
+            "offset": np.arange(n) + 100,
+            "append_time": np.array(event_time, np.int64) + 5,
+            "seq": np.arange(first_seq, first_seq + n),
+        }
+    )
+
+
+# Decode
+
+
+def records_of(cases: Sequence[Any], first_offset: int = 0) -> Records:
+    messages = [
+        Message(
+            topic=case.topic,
+            partition=2,
+            offset=first_offset + i,
+            key=b"key%d" % i,
+            value=case.value,
+            headers=[("trace", b"\xff\x00%d" % i)],
+            timestamp=(1, APPENDED),
+        )
+        for i, case in enumerate(cases)
+    ]
+    n = len(cases)
+    return Records(
+        messages,
+        np.array([TOPICS.index(case.topic) for case in cases], np.uint8),
+        np.full(n, 2, np.int32),
+        np.arange(first_offset, first_offset + n),
+        np.full(n, APPENDED),
+        np.full(n, APPENDED),
+    )
+
+
+def run_decode(items: list[Records]) -> tuple[list[EventBatch], list[OutRecords]]:
+    accepted: list[EventBatch] = []
+    refused: list[OutRecords] = []
+    flow = Dataflow("test")
+    out = decode(
+        "decode", op.input("in", flow, TestingSource(items)), EventDecoder(SOURCES), TOPICS
+    )
+    op.output("accepted", out.accepted, TestingSink(accepted))
+    op.output("refused", out.refused, TestingSink(refused))
+    run_main(flow)
+    return accepted, refused
+
+
+def test_decode_accounts_for_every_record_and_keeps_the_refused_whole(metrics: Metrics) -> None:
+    cases = [case for pair in zip(REFUSED, ACCEPTED * 4, strict=False) for case in pair]
+    half = len(cases) // 2
+    accepted, refused = run_decode([records_of(cases[:half]), records_of(cases[half:], half)])
+
+    account = metrics.account()
+    for topic in TOPICS:
+        mine = [case for case in cases if case.topic == topic]
+        bad = sum(case.reason is not None for case in mine)
+        expected = dict.fromkeys(OUTCOMES, 0) | {"read": len(mine), "dead_lettered": bad}
+        assert account[topic] == expected
+    for reason in {case.reason for case in REFUSED}:
+        found = sum(count(metrics, "dead_letters", topic, str(reason)) for topic in TOPICS)
+        assert found == sum(case.reason == reason for case in cases)
+
+    offsets = [int(offset) for batch in accepted for offset in batch["offset"]]
+    assert offsets == [i for i, case in enumerate(cases) if case.reason is None]
+    for batch in accepted:
+        topics = [TOPICS[code] for code in batch["source"]]
+        assert topics == [cases[offset].topic for offset in batch["offset"]]
+        assert set(batch["partition"].tolist()) == {2}
+        assert set(batch["append_time"].tolist()) == {APPENDED}
+    seq = [int(value) for batch in accepted for value in batch["seq"]]
+    assert seq == sorted(set(seq))
+
+    letters = {
+        int(dict(headers)["dlq.offset"]): (key, value, dict(headers))
+        for out in refused
+        for key, value, headers in zip(out.keys, out.values, out.headers or [], strict=True)
+    }
+    assert sum(len(out) for out in refused) == len(letters)
+    assert letters.keys() == {i for i, case in enumerate(cases) if case.reason is not None}
+    for offset, (key, value, headers) in letters.items():
+        case, row = cases[offset], offset if offset < half else offset - half
+        assert key == b"key%d" % row
+        assert headers["trace"] == b"\xff\x00%d" % row
+        assert headers["dlq.reason"].decode() == case.reason
+        assert headers["dlq.topic"].decode() == case.topic
+        assert headers["dlq.partition"] == b"2"
+        if case.name == "10 MB":
+            assert value == case.value[:900_000]
+            assert headers["dlq.truncated"] == b"%d" % len(case.value)
+        else:
+            assert value == case.value
+
+
+def test_decode_of_nothing_but_bad_records() -> None:
+    accepted, refused = run_decode([records_of(REFUSED[:3]), records_of(ACCEPTED[:1], 3)])
+    assert [len(out) for out in refused] == [3]
+    assert [batch["offset"].tolist() for batch in accepted] == [[3]]
+
+
+# Windows
+
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from([TRANSACTION, TRANSACTION, TRANSACTION, REPORT]),
+        st.sampled_from(["C1", "C2", "C3", "карта"]),
+        st.sampled_from(["T1", "T2", "T3"]),
+        # Steps of hours and days in arrival order; some events come late.
+        st.sampled_from([0, 1000, 3_600_000, DAY, 3 * DAY, 8 * DAY, -1000, -DAY]),
+        st.integers(0, 10**6),
+    ),
+    min_size=1,
+    max_size=40,
+).map(
+    lambda rows: [
+        (source, card, terminal, 1_600_000_000_000 + int(time), cents)
+        for (source, card, terminal, _, cents), time in zip(
+            rows, np.cumsum([row[3] for row in rows]), strict=True
+        )
+    ]
+)
+CUTS = st.lists(st.integers(0, 40), max_size=6)
+
+
+def both_windows(shards: Shards) -> Step:
+    def steps(up: Stream[EventBatch]) -> Stream[EventBatch]:
+        return windows(
+            "terminal", windows("card", up, CARD, SOURCES, shards), TERMINAL, SOURCES, shards
+        )
+
+    return steps
+
+
+def cut(rows: list[Any], cuts: list[int]) -> list[EventBatch]:
+    edges = [0, *sorted(c for c in cuts if c < len(rows)), len(rows)]
+    return [events(rows[a:b], first_seq=a) for a, b in pairwise(edges) if b > a]
+
+
+def answers(batches: Sequence[EventBatch]) -> dict[bytes, list[bytes]]:
+    """Return transaction → bits of its features, of transactions only."""
+    found = {}
+    for batch in batches:
+        asking = batch.take(batch["source"] == TRANSACTION)
+        matrix = FRAUD.matrix(asking)
+        for i, name in enumerate(asking["transaction_id"].tolist()):
+            assert name not in found
+            found[name] = matrix[i].tobytes()
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROWS, CUTS, st.sampled_from([1, 3, 16]))
+def test_windows_give_the_replays_bits_whatever_the_batches(
+    rows: list[Any], cuts: list[int], shards: int
+) -> None:
+    out = run(cut(rows, cuts), both_windows(Shards(shards)))
+    assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
+    assert [int(seq) for batch in out for seq in batch["seq"]] == list(range(len(rows)))
+
+
+@settings(max_examples=15, deadline=None)
+@given(ROWS, CUTS, st.integers(0, 40))
+def test_windows_go_on_after_a_restart(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], cuts: list[int], stop: int
+) -> None:
+    recovery = tmp_path_factory.mktemp("recovery")
+    init_db_dir(recovery, 1)
+    batches: list[Any] = cut(rows, cuts)
+    batches.insert(min(stop, len(batches)), TestingSource.EOF())
+    engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(recovery)}
+    out = []
+    for _ in range(2):
+        out += run(batches, both_windows(Shards(16)), **engine)
+    assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
+
+
+def test_windows_begin_with_the_state_given(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    times = np.sort(rng.integers(0, 60 * DAY, 600)) + 1_600_000_000_000
+    rows = [
+        (int(rng.random() < 0.8), f"C{rng.integers(20)}", f"T{rng.integers(20)}", int(t), 100)
+        for t in times
+    ]
+    replay = Replay(FRAUD, SOURCES)
+    replay(events(rows[:400]))
+    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, 16, int(times[400]), {})
+    write_state(tmp_path / "state", manifest, replay.snapshots())
+    expected = answers([replay(events(rows[400:], first_seq=400))])
+
+    rest = [events(rows[a : a + 50], first_seq=a) for a in range(400, 600, 50)]
+    start = StateDir(tmp_path / "state", FRAUD, 16)
+    assert answers(run(rest, both_windows(Shards(16, start)))) == expected
+    assert answers(run(rest, both_windows(Shards(16)))) != expected
+
+
+def test_late_events_are_counted_by_whether_they_were_within_the_lateness(
+    metrics: Metrics,
+) -> None:
+    t = 1_600_000_000_000
+    lateness = CARD.lateness_ms
+    rows = [(TRANSACTION, "C", "T", t - late, 1) for late in (0, 1000, lateness, lateness + 1)]
+    run([events(rows)], both_windows(Shards(1)))
+    assert count(metrics, "late_events", "card", "yes") == 2
+    assert count(metrics, "late_events", "card", "no") == 1
+
+
+# Answered
+
+
+def test_news_has_done_its_work(metrics: Metrics) -> None:
+    t = 1_600_000_000_000
+    kinds = [REPORT, TRANSACTION, REPORT, TRANSACTION, REPORT]
+    mixed = events([(kind, "C", "T", t, 1) for kind in kinds])
+    news, asking = (events([(kind, "C", "T", t, 1)]) for kind in (REPORT, TRANSACTION))
+    out = run([mixed, news, asking], lambda up: answered("a", up, FRAUD, SOURCES, TOPICS))
+    assert [batch["transaction_id"].tolist() for batch in out] == [[b"tx1", b"tx3"], [b"tx0"]]
+    assert metrics.account() == {"fraud_reports": dict.fromkeys(OUTCOMES, 0) | {"applied": 4}}
+
+
+# Lookup
+
+
+class Store:
+    """An online store that knows C1 and every terminal, and may be down."""
+
+    def __init__(self) -> None:
+        self.down = False
+
+    def lookup(self, view: Any, keys: Any, now_ms: Any, *, read: bool = True) -> tuple[Any, Any]:
+        if read and self.down:
+            raise StoreUnavailable("no answer within 0.5 s")
+        known = (keys == b"C1") | (view is TERMINAL_PROFILE)
+        values = np.where(known, now_ms % 97.0, np.nan)[:, None] + np.arange(len(view.fields))
+        return values, np.where(known, 5000.0, np.nan)
+
+
+def test_lookup_adds_every_field_and_the_age(metrics: Metrics) -> None:
+    batch = events([(TRANSACTION, card, "T1", 1_600_000_000_000, 1) for card in ("C1", "C2")])
+    (out,) = run([batch], lambda up: lookup("p", up, cast(Any, Store()), PROFILES))
+    base = 1_600_000_000_000 % 97
+    for i, name in enumerate(CUSTOMER_PROFILE.columns):
+        np.testing.assert_array_equal(out[name], [base + i, np.nan])
+    for i, name in enumerate(TERMINAL_PROFILE.columns):
+        np.testing.assert_array_equal(out[name], [base + i, base + i])
+    np.testing.assert_array_equal(out["customer_profile__age_ms"], [5000, np.nan])
+    assert count(metrics, "profiles_missing", "customer_profile") == 1
+    assert count(metrics, "profiles_missing", "terminal_profile") == 0
+    assert set(batch) < set(out)
+
+
+def test_a_failing_store_does_not_stop_the_flow(metrics: Metrics) -> None:
+    store = Store()
+
+    def batches() -> Iterator[EventBatch]:
+        for i, down in enumerate([False, True, True, False]):
+            store.down = down
+            yield events([(TRANSACTION, "C1", "T1", 1_600_000_000_000, 1)], first_seq=i)
+
+    out = run(cast(Any, batches()), lambda up: lookup("p", up, cast(Any, store), PROFILES))
+    assert [batch["seq"].tolist() for batch in out] == [[0], [1], [2], [3]]
+    assert all(not np.isnan(batch["customer_profile__x_home"]).any() for batch in out)
+    for view in PROFILES:
+        assert count(metrics, "store_failures", view.name) == 2
+
+
+# Score and encode
+
+
+class Scorer:
+    """A model whose score is the amount over 1000; NaN for 13.00. Feature 2, then 0, is why."""
+
+    version = "model-1"
+
+    def __init__(self) -> None:
+        self.explained = 0
+
+    def score(self, x: Any) -> Any:
+        return np.where(x[:, 0] == 13, np.nan, x[:, 0] / 1000)
+
+    def explain(self, x: Any, k: int) -> Any:
+        assert k >= 1 and not np.isnan(self.score(x)).any()
+        self.explained += len(x)
+        why = np.tile(np.array([2, 0, 1])[:k], (len(x), 1))
+        return why, np.tile(np.array([0.5, 0.25, 1 / 3])[:k], (len(x), 1))
+
+
+THRESHOLDS = Thresholds(review=0.5, block=0.9, rule="by hand")
+CENTS = [100_00, 500_00, 899_99, 900_00, 13_00, 0]
+EXPECTED = ["approve", "review", "review", "block", "review", "approve"]
+
+
+def featured(cents: Sequence[int], card: str = "карта") -> EventBatch:
+    batch = events([(TRANSACTION, card, "T1", 1_600_000_000_000, c) for c in cents])
+    names = [name for view in FRAUD.views for name in view.names]
+    return batch.with_columns({name: np.full(len(cents), i / 7) for i, name in enumerate(names)})
+
+
+def scored(batch: EventBatch, reasons: int = 2, scorer: Scorer | None = None) -> EventBatch:
+    model = cast(Any, scorer or Scorer())
+    (out,) = run([batch], lambda up: score("s", up, FRAUD, model, THRESHOLDS, reasons))
+    return cast(EventBatch, out)
+
+
+def test_scores_decisions_and_reasons(metrics: Metrics) -> None:
+    scorer = Scorer()
+    out = scored(featured(CENTS), scorer=scorer)
+    np.testing.assert_array_equal(out["score"], [0.1, 0.5, 0.89999, 0.9, np.nan, 0])
+    assert [DECISIONS[code] for code in out["decision"]] == EXPECTED
+    assert out["#features"].shape == (6, 15)
+    why = [-1, -1], [2, 0]
+    assert out["#reasons"].tolist() == [list(why[i]) for i in (0, 1, 1, 1, 0, 0)]
+    assert scorer.explained == 3, "only the flagged are explained: it costs 16 scorings a row"
+    for decision, n in (("approve", 2), ("review", 3), ("block", 1)):
+        assert count(metrics, "decisions", decision) == n
+
+
+@pytest.mark.parametrize("reasons", [0, 1, 3])
+def test_as_many_reasons_as_asked_for(reasons: int) -> None:
+    assert scored(featured(CENTS), reasons)["#reasons"].shape == (6, reasons)
+
+
+def predictions(batch: EventBatch, now_s: float = 1_600_000_001.0) -> tuple[OutRecords, list[Any]]:
+    (out,) = run([batch], lambda up: encode("e", up, FRAUD, "model-1", lambda: now_s))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return out, [json.loads(value, parse_constant=refuse) for value in out.values]
+
+
+def test_a_prediction_is_this_json() -> None:
+    out, found = predictions(scored(featured(CENTS)))
+    common = {
+        "card_id": "карта",
+        "terminal_id": "T1",
+        "event_time": 1_600_000_000_000,
+        "model_version": "model-1",
+        "schema_hash": FRAUD.schema_hash,
+        "latency_ms": 995,
+    }
+    assert found[0] == {"transaction_id": "tx0", "score": 0.1, "decision": "approve", **common}
+    reasons = [
+        {"feature": FRAUD.names[2], "contribution": 0.5},
+        {"feature": FRAUD.names[0], "contribution": 0.25},
+    ]
+    blocked = {"transaction_id": "tx3", "score": 0.9, "decision": "block", "reasons": reasons}
+    assert found[3] == common | blocked
+    assert [document["decision"] for document in found] == EXPECTED
+    assert [bool(document.get("reasons")) for document in found] == [0, 1, 1, 1, 0, 0]
+    assert out.keys == ["карта".encode()] * 6
+    assert out.event_ids == [f"tx{i}".encode() for i in range(6)]
+    assert out.append_time.tolist() == [1_600_000_000_005] * 6
+
+
+def test_a_score_that_is_not_a_number_is_null_reviewed_and_without_reasons() -> None:
+    _, found = predictions(scored(featured([13_00])))
+    assert found[0]["score"] is None
+    assert found[0]["decision"] == "review"
+    assert "reasons" not in found[0]
+
+
+def test_no_reasons_if_none_are_wanted() -> None:
+    _, found = predictions(scored(featured(CENTS), reasons=0))
+    assert not any("reasons" in document for document in found)
+
+
+def test_the_fields_of_the_records_are_an_interface() -> None:
+    """Consumers parse these: add at the end, do not rename."""
+    assert Prediction.__struct_fields__ == (
+        "transaction_id",
+        "card_id",
+        "terminal_id",
+        "event_time",
+        "score",
+        "decision",
+        "model_version",
+        "schema_hash",
+        "latency_ms",
+        "reasons",
+    )
+    assert AuditRecord.__struct_fields__ == (
+        "transaction_id",
+        "card_id",
+        "terminal_id",
+        "event_time",
+        "topic",
+        "partition",
+        "offset",
+        "schema_hash",
+        "model_version",
+        "score",
+        "features",
+    )
+
+
+def audited(batches: list[EventBatch], share: float) -> list[dict[str, Any]]:
+    out = run(batches, lambda up: audit("a", up, FRAUD, "model-1", TOPICS, share))
+    return [json.loads(value) for records in out for value in records.values]
+
+
+def test_an_audit_record_is_what_the_model_saw_bit_for_bit() -> None:
+    batch = featured([27_90, 13_00]).with_columns(
+        {"card_mean_amount_7d": np.array([1 / 3, np.nan])}
+    )
+    batch = scored(batch)
+    found = audited([batch], 1.0)
+    assert found[0] == {
+        "transaction_id": "tx0",
+        "card_id": "карта",
+        "terminal_id": "T1",
+        "event_time": 1_600_000_000_000,
+        "topic": "transactions",
+        "partition": 0,
+        "offset": 100,
+        "schema_hash": FRAUD.schema_hash,
+        "model_version": "model-1",
+        "score": batch["score"][0],
+        "features": dict(zip(FRAUD.names, batch["#features"][0].tolist(), strict=True)),
+    }
+    assert list(found[0]["features"]) == list(FRAUD.names)
+    assert (found[1]["score"], found[1]["features"]["card_mean_amount_7d"]) == (None, None)
+
+
+def test_the_audit_takes_the_same_cards_always_and_about_its_share() -> None:
+    cards = [f"C{i:04d}" for i in range(2000)]
+    once = scored(featured([5_00], card="C")).take(np.zeros(len(cards), np.int64))
+    batch = once.with_columns({"card_id": np.array([card.encode() for card in cards])})
+    rng = np.random.default_rng(1)
+    chosen: dict[float, set[str]] = {}
+    for share in (0.0, 0.05, 0.2, 1.0):
+        chosen[share] = {record["card_id"] for record in audited([batch], share)}
+        shuffled = batch.take(rng.permutation(len(batch)))
+        pieces = [shuffled.take(slice(a, a + 300)) for a in range(0, 2000, 300)]
+        assert {record["card_id"] for record in audited(pieces, share)} == chosen[share]
+        assert len(chosen[share]) == pytest.approx(share * 2000, rel=0.25)
+    assert chosen[0.0] == set() < chosen[0.05] < chosen[0.2] < chosen[1.0] == set(cards)
+
+
+def test_what_is_refused_never_reaches_the_score() -> None:
+    """The steps together: a bad record between good ones costs only itself."""
+    cases = [case for bad in REFUSED[:5] for case in (bad, ACCEPTED[0])]
+    accepted, _ = run_decode([records_of(cases)])
+    out = run(accepted, both_windows(Shards(16)))
+    counts = [int(value) for batch in out for value in batch["card_count_1d"]]
+    assert counts == [1, 2, 3, 4, 5]
+    assert wire(wire_transaction()) == ACCEPTED[0].value
