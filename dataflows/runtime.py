@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import structlog
+from confluent_kafka import Consumer, KafkaException, Producer
 
 from dataflows.kafka.dead_letter import DeadLetterSettings
 from dataflows.kafka.sink import Delivery, KafkaSink, poll_producers
@@ -19,19 +21,29 @@ from dataflows.kafka.source import (
     SourceTopic,
     install_drain_handlers,
 )
-from dataflows.kafka.topics import StartupError
+from dataflows.kafka.topics import StartupError, partition_counts
 from dataflows.metrics import METRICS
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.windows import Shards
 from features.events import Event, EventDecoder
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
-from features.online_store import OnlineStore, StoreNotReady, freeze_gc
+from features.online_store import OnlineStore, StoreNotReady, StoreUnavailable, freeze_gc
 from features.profiles import PROFILES
 from features.state_dir import StateDir, StateError
 from model.package import PackageError, Thresholds
 from model.scorer import Scorer
 
 log = structlog.get_logger()
+
+#: What an operator can mend; the message says how.
+_REMEDIABLE = (
+    PackageError,
+    SettingsError,
+    StartupError,
+    StateError,
+    StoreNotReady,
+    StoreUnavailable,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Runtime:
             settings = load()
             configure_logging(settings)
             runtime = Runtime.of(settings)
-        except (SettingsError, StateError, PackageError, StoreNotReady, StartupError) as error:
+        except _REMEDIABLE as error:
             print(f"dataflows.fraud cannot start:\n{error}", file=sys.stderr)
             raise SystemExit(2) from None
         install_drain_handlers()
@@ -83,8 +95,10 @@ class Runtime:
     def of(settings: Settings) -> Runtime:
         """Open everything the settings name.
 
-        Raises StateError, PackageError, StoreNotReady or StartupError, each with a remedy.
+        Raises SettingsError, StateError, PackageError, StoreNotReady, StoreUnavailable or
+        StartupError, each with a remedy.
         """
+        _check_kafka(settings)
         topic_of: dict[type[Event], str] = {
             Transaction: settings.transactions_topic,
             FraudReport: settings.fraud_reports_topic,
@@ -148,6 +162,32 @@ class Runtime:
             ),
             audit_share=settings.audit_share,
         )
+
+
+def _check_kafka(settings: Settings) -> None:
+    """Try the client settings, and look all topics up, before anything slow is loaded."""
+    clients = (
+        ("KAFKA_CONSUMER_OPTIONS", Consumer, {**settings.consumer(), "group.id": "startup"}),
+        ("KAFKA_PRODUCER_OPTIONS", Producer, settings.producer()),
+    )
+    for variable, make, config in clients:
+        try:
+            client = make({"log_level": 0, **config})  # the error says it once
+        except (KafkaException, TypeError) as error:
+            # librdkafka's text may repeat a value, which may be a secret.
+            named = re.search(r'property[:]? "([^"]+)"', str(error))
+            what = f" {named[1]!r}" if named else ""
+            raise SettingsError(
+                f"{variable}: librdkafka refuses the setting{what}; see its list of settings"
+            ) from None
+    topics = [
+        settings.transactions_topic,
+        settings.fraud_reports_topic,
+        settings.predictions_topic,
+        settings.dead_letters_topic,
+        settings.audit_topic,
+    ]
+    partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
 
 
 def _thresholds(settings: Settings, shipped: Thresholds) -> Thresholds:

@@ -23,7 +23,9 @@ def main() -> None:
     text = readme.read_text()
     for name, table in {"features": FRAUD.table(), "settings": settings.table()}.items():
         block = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: block, text, flags=re.S)
+        text = re.sub(
+            rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, new=block: new, text, flags=re.S
+        )
     readme.write_text(text)
 
 

@@ -282,6 +282,19 @@ class FeatureView:
     resolution: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("delay", "lateness", "resolution"):
+            if (duration := getattr(self, name)) is not None:
+                milliseconds(duration)
+        for feature in self.features:
+            if isinstance(feature.over, str):
+                raise ValueError(
+                    f"feature view {self.name!r}: over={feature.over!r} is one string; write "
+                    f"over=[{feature.over!r}]"
+                )
+        if any(milliseconds(window) == 0 for window in self.windows) or self.resolution_ms == 0:
+            raise ValueError(
+                f"feature view {self.name!r}: windows and resolution are longer than zero"
+            )
         names = self.names
         if not names:
             raise ValueError(f"feature view {self.name!r} declares no feature over any window")
@@ -412,6 +425,7 @@ class FeatureSet:
             "money_scale": MONEY_SCALE,
             "dtype": "float64",
             "of": self.of.__name__,
+            "columns": column_kinds(self.of),
             "names": self.names,
             "features": [feature.describe() for feature in self.features],
         }

@@ -178,7 +178,7 @@ def read_events(
     """Read events from parquet, those with stream time < `until` (ms), in chunks.
 
     Columns are named as the event's fields; money ``x`` is stored as int64 ``x_cents``. The file
-    must be sorted by stream time. Raises ValueError naming a column that is missing.
+    must be sorted by stream time. Raises ValueError naming a column that is missing or has nulls.
     """
     kinds = column_kinds(event)
     stored = {name: f"{name}_cents" if kind == "money" else name for name, kind in kinds.items()}
@@ -187,6 +187,9 @@ def read_events(
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, which {event.__name__} events need")
     for record_batch in file.iter_batches(chunk_rows, columns=list(stored.values())):
+        for name in stored.values():
+            if record_batch.column(name).null_count:
+                raise ValueError(f"{path}: column {name} has nulls; every event needs a value")
         columns = {
             name: _from_arrow(record_batch.column(stored[name]), kind)
             for name, kind in kinds.items()
@@ -263,6 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     building = options.out.with_name(options.out.name + ".building")
     newest = 0
     try:
+        if options.state:
+            state_dir.check_writable(options.state)
         writer = None
         for batch in interleave(streams, SOURCES):
             counts += np.bincount(batch["source"], minlength=len(SOURCES))
@@ -277,18 +282,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         writer.close()
         building.rename(options.out)
-    except ValueError as error:
+        read = {s.__name__: int(n) for s, n in zip(SOURCES, counts, strict=True)}
+        if options.state:
+            until = newest + 1 if options.until is None else options.until
+            manifest = state_dir.StateManifest(
+                state_dir.FORMAT, FRAUD.name, FRAUD.schema_hash, options.shards, until, read
+            )
+            state_dir.write_state(options.state, manifest, replay.snapshots())
+    except (ValueError, OSError) as error:
         print(f"features.offline: {error}", file=sys.stderr)
         return 1
     finally:
         building.unlink(missing_ok=True)
-    read = {s.__name__: int(n) for s, n in zip(SOURCES, counts, strict=True)}
-    if options.state:
-        until = newest + 1 if options.until is None else options.until
-        manifest = state_dir.StateManifest(
-            state_dir.FORMAT, FRAUD.name, FRAUD.schema_hash, options.shards, until, read
-        )
-        state_dir.write_state(options.state, manifest, replay.snapshots())
     seconds = time.perf_counter() - began
     print(f"{', '.join(f'{n:,} {name}' for name, n in read.items())} in {seconds:.1f} s")
     return 0

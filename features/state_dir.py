@@ -42,12 +42,7 @@ def write_state(
 
     Raises StateError if the directory holds something else, which is left alone.
     """
-    foreign = directory.exists() and not (directory / "manifest.json").exists()
-    if foreign and (not directory.is_dir() or any(directory.iterdir())):
-        raise StateError(
-            f"{directory} holds something else than window state, which would be deleted; "
-            "name a new directory"
-        )
+    check_writable(directory)
     files: dict[str, str] = {}
     building = directory.with_name(directory.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
@@ -62,6 +57,16 @@ def write_state(
     )
     shutil.rmtree(directory, ignore_errors=True)
     building.rename(directory)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise StateError if a directory holds something else than window state."""
+    foreign = directory.exists() and not (directory / "manifest.json").exists()
+    if foreign and (not directory.is_dir() or any(directory.iterdir())):
+        raise StateError(
+            f"{directory} holds something else than window state, which would be deleted; "
+            "name a new directory"
+        )
 
 
 def _path(view: str, shard: int) -> str:

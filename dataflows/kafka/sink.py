@@ -15,6 +15,7 @@ and the event id travels in a header, because it has to be compared without deco
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -77,7 +78,9 @@ class _WorkerProducer:
         self.config = {**PRODUCER_DEFAULTS, **config, **_GUARANTEES}
         self.timeout_s = float(self.config["message.timeout.ms"]) / 1000 + _FLUSH_MARGIN_S
         self._fatal: KafkaError | None = None
-        self.producer = Producer({**self.config, "error_cb": self._on_error})
+        self.producer = Producer(
+            {**self.config, "error_cb": self._on_error}, logger=logging.getLogger("librdkafka")
+        )
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
