@@ -7,7 +7,6 @@ Each stands between ``<!-- name -->`` and ``<!-- /name -->``.
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
