@@ -6,14 +6,20 @@ stack.
 
 import io
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
+
+# ONNX Runtime 1.32 uploads usage events and keeps them in the home directory, unless told not to
+# before it is imported. A fraud scorer calls nobody.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import onnxruntime as ort
 
 from model import package
 from model.package import Manifest, PackageError

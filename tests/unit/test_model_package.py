@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -150,6 +151,16 @@ def test_serving_imports_nothing_of_the_training_stack() -> None:
     code = f"import sys, model.scorer; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_runtime_keeps_no_telemetry(tmp_path: Path) -> None:
+    """ONNX Runtime's own default writes a device id and a database into the home directory."""
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", "import model.scorer"], env=environment | home, check=True
+    )
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 # The chunk
