@@ -287,8 +287,9 @@ def _identities(batch: EventBatch, events: Events) -> list[object]:
 
 def table(results: Sequence[FeatureParity]) -> Table:
     """Return the comparison as a table."""
-    out = Table("feature")
-    for heading in ("compared", "mismatched", "missing", "late", "largest difference"):
+    out = Table()
+    out.add_column("feature", no_wrap=True)
+    for heading in ("compared", "mismatched", "missing", "late", "largest diff."):
         out.add_column(heading, justify="right")
     for r in results:
         style = "bold red" if r.mismatched or r.missing else None
