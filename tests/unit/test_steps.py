@@ -284,9 +284,14 @@ def test_late_events_are_counted_by_whether_they_were_within_the_lateness(
     t = 1_600_000_000_000
     lateness = CARD.lateness_ms
     rows = [(TRANSACTION, "C", "T", t - late, 1) for late in (0, 1000, lateness, lateness + 1)]
-    run([events(rows)], both_windows(Shards(1)))
-    assert count(metrics, "late_events", "card", "yes") == 2
-    assert count(metrics, "late_events", "card", "no") == 1
+    out = run([events(rows)], both_windows(Shards(1)))
+    counted = {
+        (view, within): count(metrics, "late_events", view, within)
+        for view in ("card", "terminal")
+        for within in ("yes", "no")
+    }
+    expected = {"yes": 2, "no": 1}
+    assert counted == {(v, w): n for v in ("card", "terminal") for w, n in expected.items()}, out
 
 
 # Answered
