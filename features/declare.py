@@ -8,8 +8,9 @@ holds the events of *k* that have **arrived** so far with timestamp in **(t − 
 ``delay="0ms"`` the event itself is included; of events with the same timestamp, those that
 arrived earlier are. The value is a pure function of that set, so an event that arrives late is
 answered as of its own time, and corrects every later answer. Events more than ``lateness`` behind
-the newest one seen by their shard find windows cut off at
-*newest − (longest window + delay + lateness)*: older entries have been reclaimed.
+the newest one of their key find windows cut off at
+*newest − (longest window + delay + lateness)*: older entries have been reclaimed. A key that its
+shard has heard nothing of for ``idle`` is forgotten; its next event starts anew.
 """
 
 from __future__ import annotations
@@ -266,8 +267,11 @@ class FeatureView:
         key: the key column; every source aggregated must have it.
         of: the event type that is answered.
         delay: how far back the windows end (see the window rule above).
-        lateness: how far an event may be behind the newest of its shard and still be answered
+        lateness: how far an event may be behind the newest of its key and still be answered
             exactly; costs memory.
+        idle: how long after its last event a key is remembered, by the clock of its shard (the
+            newest event time, which one event advances by an hour at most). At least, and by
+            default twice, the longest window + delay + lateness.
         resolution: floor all event times to a multiple of it and merge entries of the same tick,
             which bounds the memory of very hot keys: the window rule then holds for the floored
             times. ``"1ms"`` merges equal timestamps and is exact; None keeps every entry.
@@ -279,10 +283,11 @@ class FeatureView:
     features: Sequence[Aggregation]
     delay: str = "0ms"
     lateness: str = "1h"
+    idle: str | None = None
     resolution: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("delay", "lateness", "resolution"):
+        for name in ("delay", "lateness", "idle", "resolution"):
             if (duration := getattr(self, name)) is not None:
                 milliseconds(duration)
         for feature in self.features:
@@ -294,6 +299,11 @@ class FeatureView:
         if any(milliseconds(window) == 0 for window in self.windows) or self.resolution_ms == 0:
             raise ValueError(
                 f"feature view {self.name!r}: windows and resolution are longer than zero"
+            )
+        if self.windows and self.idle_ms < self.horizon_ms:
+            raise ValueError(
+                f"feature view {self.name!r}: idle={self.idle!r} is shorter than the longest "
+                "window + delay + lateness"
             )
         names = self.names
         if not names:
@@ -325,6 +335,15 @@ class FeatureView:
     @cached_property
     def lateness_ms(self) -> int:
         return milliseconds(self.lateness)
+
+    @cached_property
+    def horizon_ms(self) -> int:
+        """How far back of a key's newest event entries are kept."""
+        return milliseconds(self.windows[-1]) + self.delay_ms + self.lateness_ms
+
+    @cached_property
+    def idle_ms(self) -> int:
+        return 2 * self.horizon_ms if self.idle is None else milliseconds(self.idle)
 
     @cached_property
     def resolution_ms(self) -> int | None:
@@ -365,6 +384,7 @@ class FeatureView:
             "of": self.of.__name__,
             "delay_ms": self.delay_ms,
             "lateness_ms": self.lateness_ms,
+            "idle_ms": self.idle_ms,
             "resolution_ms": self.resolution_ms,
             "features": [_describe(feature) for feature in self.features],
             "sources": {source.__name__: column_kinds(source) for source in self.sources},

@@ -61,12 +61,15 @@ WINDOWS = ("1d", "7d", "30d")
 #: Terminals that work offline hand in their day's transactions at night; and a replay at
 #: thousands of times real speed turns a second between two partitions into hours.
 LATENESS = "1d"
+#: Partitions may be read this far apart, as when two processes work off a long backlog.
+IDLE = "180d"
 
 CARD = FeatureView(
     "card",
     key="card_id",
     of=Transaction,
     lateness=LATENESS,
+    idle=IDLE,
     features=[Count(over=WINDOWS), Mean("amount", over=WINDOWS)],
 )
 
@@ -78,6 +81,7 @@ TERMINAL = FeatureView(
     of=Transaction,
     delay="7d",
     lateness=LATENESS,
+    idle=IDLE,
     features=[
         Count(over=WINDOWS),
         Ratio(Count(source=FraudReport), Count(), over=WINDOWS, empty=0.0, name="risk"),

@@ -47,7 +47,7 @@ class Replay:
         self.features = features
         self.sources = tuple(sources)
         self.shards = shards
-        self._layouts = [Layout.of(view, sources) for view in features.views]
+        self._layouts = [Layout.of(view, sources, shards) for view in features.views]
         self._states: list[dict[int, WindowState]] = [{} for _ in self._layouts]
         for layout, states in zip(self._layouts, self._states, strict=True):
             for shard in range(shards) if start else ():

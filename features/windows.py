@@ -52,7 +52,11 @@ _OFFSET, _CAPACITY, _START, _END, _HI, _LO = 0, 1, 2, 3, 4, 5
 # Columns of `stairs`, per entity, log and extremum; window w's pointer follows at _POINTER + w.
 _FIRST, _LAST, _POINTER = 0, 1, 2
 # Slots of `counters`.
-_FRONTIER, _ENTITIES, _TOP, _LATE, _TOO_LATE = 0, 1, 2, 3, 4
+_CLOCK, _ENTITIES, _TOP, _LATE, _TOO_LATE = 0, 1, 2, 3, 4
+_NEVER = -(2**62)
+#: How far one event may advance its shard's clock, ms: one with a wrong date must not make the
+#: others' entities look idle.
+CLOCK_STEP_MS = 3_600_000
 _SMALLEST_REGION = 4
 
 _DONE, _GROW_ENTITIES, _GROW_POOL = 0, 1, 2
@@ -64,6 +68,7 @@ class _Arrays(NamedTuple):
     slots: npt.NDArray[np.int32]  # hash table: entity or −1; length a power of two
     hashes: npt.NDArray[np.uint64]  # per entity
     keys: npt.NDArray[np.uint8]  # per entity: the key's bytes, zero padded
+    newest: Int  # per entity: its newest event time, or _NEVER
     meta: Int  # entity × log × (offset, capacity, start, end, hi, lo…)
     stairs: Int  # entity × log × extremum × (first, last, pointer…)
     times: Int  # pool
@@ -84,6 +89,7 @@ class _Rule(NamedTuple):
     delay: int
     horizon: int
     lateness: int
+    idle: int
     tick: int
     merges: bool  # sum 0 of every log is then its entries' number of events
 
@@ -158,6 +164,7 @@ def _add(state, h, key):  # type: ignore[no-untyped-def]
     state.keys[entity, :] = 0
     for j in range(min(len(key), state.keys.shape[1])):
         state.keys[entity, j] = key[j]
+    state.newest[entity] = _NEVER
     state.meta[entity] = 0
     state.stairs[entity] = 0
     mask = np.int64(len(state.slots) - 1)
@@ -408,6 +415,16 @@ def _answer(state, m, stairs, rule, t, limit, own, counts, sums, peaks):  # type
     return np.int64(_NO_PREVIOUS)
 
 
+@nb.njit(cache=True, inline="always")
+def _forget(logs, stairs):  # type: ignore[no-untyped-def]
+    """Empty an entity's logs; their regions stay."""
+    for j in range(len(logs)):
+        logs[j, _START] = logs[j, _END]
+        logs[j, _HI:] = logs[j, _END]
+        for x in range(stairs.shape[1]):
+            stairs[j, x, :] = stairs[j, x, _LAST]
+
+
 @nb.njit(cache=True)
 def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since, begin):  # type: ignore[no-untyped-def]
     """Process rows from `begin` in order; return (row, _DONE or what must grow first)."""
@@ -425,17 +442,26 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
             if n >= len(state.hashes) or (n + 1) * 2 > len(state.slots):
                 return i, _GROW_ENTITIES
             entity = _add(state, h, keys[i])
-        limit = max(counters[_FRONTIER], tick) - rule.horizon
+        clock = counters[_CLOCK]
+        clock = tick if clock == _NEVER else max(clock, min(tick, clock + CLOCK_STEP_MS))
+        newest = state.newest[entity]
+        if newest != _NEVER and clock - newest > rule.idle:
+            _forget(state.meta[entity], state.stairs[entity])
+            newest = _NEVER
+        late = newest - tick if newest != _NEVER else 0
+        newest = max(newest, tick)
+        limit = min(newest, clock) - rule.horizon
         enters = log >= 0 and tick > limit
         if enters and not _make_room(
             state, state.meta[entity, log], state.stairs[entity, log], limit
         ):
             return i, _GROW_POOL
-        if answered and tick < counters[_FRONTIER]:
+        counters[_CLOCK] = clock
+        state.newest[entity] = newest
+        if answered and late > 0:
             counters[_LATE] += 1
-            if tick < counters[_FRONTIER] - rule.lateness:
+            if late > rule.lateness:
                 counters[_TOO_LATE] += 1
-        counters[_FRONTIER] = max(counters[_FRONTIER], tick)
         if enters:
             _insert(
                 state,
@@ -464,10 +490,17 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
 
 
 @nb.njit(cache=True)
-def _measure(state, limit, lengths):  # type: ignore[no-untyped-def]
-    """Count the entries newer than `limit` of each entity and log; return their total."""
+def _measure(state, rule, lengths, alive):  # type: ignore[no-untyped-def]
+    """Tell which entities are not forgotten, and count the entries of their logs that some window
+    may still need; return their total."""
     total = 0
+    clock = state.counters[_CLOCK]
     for e in range(state.counters[_ENTITIES]):
+        newest = state.newest[e]
+        alive[e] = newest != _NEVER and clock - newest <= rule.idle
+        if not alive[e]:
+            continue
+        limit = min(newest, clock) - rule.horizon
         for j in range(state.meta.shape[1]):
             m = state.meta[e, j]
             at = m[_START]
@@ -496,11 +529,12 @@ def _export(state, lengths, times, values, peaks):  # type: ignore[no-untyped-de
 
 
 @nb.njit(cache=True)
-def _import(state, keys, lengths, times, values, peaks):  # type: ignore[no-untyped-def]
+def _import(state, keys, newest, lengths, times, values, peaks):  # type: ignore[no-untyped-def]
     """Fill an empty state; the inverse of `_export`."""
     k = 0
     for e in range(len(keys)):
         entity = _add(state, _hash(keys[e], keys.shape[1]), keys[e])
+        state.newest[entity] = newest[e]
         for j in range(lengths.shape[1]):
             n = lengths[e, j]
             if n == 0:
@@ -534,9 +568,10 @@ class Layout:
     logs: tuple[type[Event], ...]
     sums: tuple[tuple[str, ...], ...]  # per log: the columns summed
     extrema: tuple[tuple[tuple[str, int], ...], ...]  # per log: (column, sign)
+    shards: int
 
     @staticmethod
-    def of(view: FeatureView, sources: Sequence[type[Event]]) -> Layout:
+    def of(view: FeatureView, sources: Sequence[type[Event]], shards: int = SHARDS) -> Layout:
         logs = view.sources
         missing = [source.__name__ for source in logs if source not in sources]
         if missing:
@@ -559,6 +594,7 @@ class Layout:
             logs,
             tuple(tuple(sums[log]) for log in logs),
             tuple(tuple(extrema[log]) for log in logs),
+            shards,
         )
 
     @property
@@ -580,8 +616,9 @@ class Layout:
             self.sources.index(view.of),
             windows,
             view.delay_ms,
-            int(windows.max()) + view.delay_ms + view.lateness_ms,
+            view.horizon_ms,
             view.lateness_ms,
+            view.idle_ms,
             view.resolution_ms or 1,
             view.resolution_ms is not None,
         )
@@ -595,7 +632,8 @@ class Layout:
             "sums": self.sums,
             "extrema": self.extrema,
             "resolution_ms": self.view.resolution_ms,
-            "horizon_ms": int(self.rule().horizon),
+            "horizon_ms": self.view.horizon_ms,
+            "shards": self.shards,
         }
 
 
@@ -686,13 +724,13 @@ class WindowState:
         return int(self._arrays.counters[_ENTITIES])
 
     @property
-    def frontier(self) -> int:
-        """The newest event time seen (ms), floored to the resolution; very small if none."""
-        return int(self._arrays.counters[_FRONTIER])
+    def clock(self) -> int:
+        """The shard's time (ms): its newest event time, but for jumps; very small if none."""
+        return int(self._arrays.counters[_CLOCK])
 
     @property
     def late(self) -> int:
-        """Answered events that arrived behind the frontier, since this object was made."""
+        """Answered events that arrived behind the newest of their key, since this was made."""
         return int(self._arrays.counters[_LATE])
 
     @property
@@ -757,18 +795,18 @@ class WindowState:
 
     def snapshot(self) -> bytes:
         """Return the state as versioned bytes: a described header and trimmed arrays."""
-        keys, lengths, times, values, peaks = self._live()
+        keys, newest, lengths, times, values, peaks = self._live()
         width = keys.shape[1]
         description = {
             **self.layout.description(),
-            "frontier": self.frontier,
+            "clock": self.clock,
             "entities": len(keys),
             "key_width": width,
             "entries": len(times),
         }
         head = msgspec.json.encode(description)
         parts = [_HEADER.pack(_MAGIC, FORMAT, len(head)), head]
-        parts += [a.tobytes() for a in (keys, lengths.astype("<i8"), times, values, peaks)]
+        parts += [a.tobytes() for a in (keys, newest, lengths, times, values, peaks)]
         return b"".join(parts)
 
     @staticmethod
@@ -808,6 +846,7 @@ class WindowState:
         n_logs = len(layout.logs)
         shapes = [
             (np.uint8, (n, width)),
+            (np.int64, (n,)),
             (np.int64, (n, n_logs)),
             (np.int64, (entries,)),
             (np.int64, (layout.n_sums, entries)),
@@ -822,7 +861,7 @@ class WindowState:
             arrays.append(np.frombuffer(snapshot, dtype, size, at).reshape(shape))
             at = end
         state = WindowState(layout)
-        state._fill(*arrays, frontier=head["frontier"])
+        state._fill(*arrays, clock=head["clock"])
         return state
 
     def _empty(self, entities: int, entries: int, key_width: int) -> _Arrays:
@@ -830,11 +869,12 @@ class WindowState:
         n_logs, n_windows = len(layout.logs), len(layout.view.windows)
         slots = 1 << max(4, (2 * entities).bit_length())
         counters = np.zeros(5, np.int64)
-        counters[_FRONTIER] = -(2**62)
+        counters[_CLOCK] = _NEVER
         return _Arrays(
             slots=np.full(slots, -1, np.int32),
             hashes=np.zeros(entities, np.uint64),
             keys=np.zeros((entities, key_width), np.uint8),
+            newest=np.full(entities, _NEVER, np.int64),
             meta=np.zeros((entities, n_logs, _LO + n_windows), np.int64),
             stairs=np.zeros((entities, n_logs, layout.n_extrema, _POINTER + n_windows), np.int64),
             times=np.zeros(entries, np.int64),
@@ -847,27 +887,28 @@ class WindowState:
         )
 
     def _live(self) -> tuple[npt.NDArray[Any], ...]:
-        """Return what some window may still need: keys, lengths, times, values, peaks."""
+        """Return what some window may still need: keys, newest, lengths, times, values, peaks."""
         state = self._arrays
         n = self.entities
         lengths = np.zeros((n, state.meta.shape[1]), np.int64)
-        total = _measure(state, self.frontier - self._rule.horizon, lengths)
+        alive = np.zeros(n, np.bool_)
+        total = _measure(state, self._rule, lengths, alive)
         times = np.empty(total, np.int64)
         values = np.empty((state.prefix.shape[0], total), np.int64)
         peaks = np.empty((state.peaks.shape[0], total), np.int64)
         _export(state, lengths, times, values, peaks)
-        alive = lengths.any(axis=1)
-        return state.keys[:n][alive], lengths[alive], times, values, peaks
+        return state.keys[:n][alive], state.newest[:n][alive], lengths[alive], times, values, peaks
 
     def _fill(
         self,
         keys: npt.NDArray[np.uint8],
+        newest: Int,
         lengths: Int,
         times: Int,
         values: Int,
         peaks: Int,
         *,
-        frontier: int,
+        clock: int,
         headroom: int = 0,
     ) -> None:
         """Replace the arrays by ones that hold just this, with room for half as much again."""
@@ -879,15 +920,15 @@ class WindowState:
             max(1024, regions + regions // 2 + headroom),
             key_width=max(8, keys.shape[1]),
         )
-        _import(self._arrays, keys, lengths, times, values, peaks)
-        self._arrays.counters[_FRONTIER] = frontier
+        _import(self._arrays, keys, newest, lengths, times, values, peaks)
+        self._arrays.counters[_CLOCK] = clock
         self._arrays.counters[_LATE:] = counters[_LATE:]
 
     def _grow(self, needed: int) -> None:
         """Drop what expired and make room; amortised O(1) an event, since room grows by half."""
         largest = int(self._arrays.meta[..., _CAPACITY].max(initial=0))
         live = self._live()
-        self._fill(*live, frontier=self.frontier, headroom=4 * max(largest, _SMALLEST_REGION))
+        self._fill(*live, clock=self.clock, headroom=4 * max(largest, _SMALLEST_REGION))
 
     def _widen(self, keys: npt.NDArray[np.uint8]) -> None:
         used = np.flatnonzero(keys.any(axis=0))

@@ -45,14 +45,24 @@ def windows(
     `sources` are the event types by source code. Events that the view does not answer update it
     and pass through.
     """
-    layout = Layout.of(view, sources)
+    layout = Layout.of(view, sources, shards.count)
     _warm_up(layout)
 
+    woken = False
+
     def split(batches: list[EventBatch]) -> Iterable[tuple[str, _Item]]:
+        nonlocal woken
         batch = in_order(batches)
-        if batch is not None:
-            for shard, part in batch.split(shards_of(batch[view.key], shards.count)):
-                yield f"s{shard:03d}", (shard, part)
+        if batch is None:
+            return
+        if not woken:
+            # Every shard takes its first state now, so that the first snapshot holds them all and
+            # a later life never looks at `shards.start`, which may be gone or newer by then.
+            woken = True
+            for shard in range(shards.count):
+                yield f"s{shard:03d}", (shard, batch.take(slice(0)))
+        for shard, part in batch.split(shards_of(batch[view.key], shards.count)):
+            yield f"s{shard:03d}", (shard, part)
 
     def merge(items: list[tuple[str, EventBatch]]) -> Iterable[EventBatch]:
         batch = in_order([part for _, part in items])

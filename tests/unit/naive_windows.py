@@ -23,6 +23,7 @@ from features.declare import (
     milliseconds,
 )
 from features.events import SCALES, Event, column_kinds
+from features.windows import CLOCK_STEP_MS
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,18 @@ def naive_features(view: FeatureView, rows: Sequence[Row]) -> list[dict[str, flo
     tick = view.resolution_ms or 1
     longest = max(milliseconds(window) for window in view.windows)
     horizon = longest + view.delay_ms + view.lateness_ms
-    arrived: list[tuple[int, Row]] = []
-    newest = -math.inf
+    arrived: dict[str, list[tuple[int, Row]]] = {}
+    newest: dict[str, int] = {}
+    clock: int | None = None
     out: list[dict[str, float] | None] = []
     for row in rows:
         t = row.event_time // tick * tick
-        newest = max(newest, t)
-        arrived.append((t, row))
+        clock = t if clock is None else max(clock, min(t, clock + CLOCK_STEP_MS))
+        if row.key in newest and clock - newest[row.key] > view.idle_ms:
+            arrived[row.key] = []
+            del newest[row.key]
+        newest[row.key] = max(newest.get(row.key, t), t)
+        arrived.setdefault(row.key, []).append((t, row))
         if row.source is not view.of:
             out.append(None)
             continue
@@ -52,12 +58,9 @@ def naive_features(view: FeatureView, rows: Sequence[Row]) -> list[dict[str, flo
         for feature in view.features:
             for window in feature.over:
                 upper = t - view.delay_ms
-                lower = max(upper - milliseconds(window), newest - horizon)
-                inside = [
-                    (time, other)
-                    for time, other in arrived
-                    if other.key == row.key and lower < time <= upper
-                ]
+                kept = min(newest[row.key], clock) - horizon
+                lower = max(upper - milliseconds(window), kept)
+                inside = [(time, e) for time, e in arrived[row.key] if lower < time <= upper]
                 features.append(_aggregate(feature, view, inside, row, t))
         out.append(dict(zip(view.names, features, strict=True)))
     return out

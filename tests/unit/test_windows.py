@@ -124,7 +124,9 @@ def assert_identical(
 
 
 # Steps that hit window edges (t − w, t − w + 1, t), ties, late events and idle gaps.
-STEPS = st.sampled_from([0, 0, 0, 1, 1, 2, 3, 7, 9, 10, 11, 15, 24, 25, 26, 90, 400, -1, -5, -30])
+STEPS = st.sampled_from(
+    [0, 0, 0, 1, 1, 2, 3, 7, 9, 10, 11, 15, 24, 25, 26, 90, 400, -1, -5, -30, 5_000_000, -5_000_000]
+)
 ROWS = st.lists(
     st.builds(
         lambda source, key, step, amount: (source, key, step, amount),
@@ -137,7 +139,7 @@ ROWS = st.lists(
     max_size=120,
 ).map(
     lambda steps: [
-        Row(source, key, 1_000_000 + int(time), amount)
+        Row(source, key, 1_000_000_000 + int(time), amount)
         for (source, key, _, amount), time in zip(
             steps, np.cumsum([step for _, _, step, _ in steps]), strict=True
         )
@@ -223,7 +225,7 @@ def test_a_snapshot_is_the_same_whatever_the_history_of_the_memory(rows: list[Ro
 
 
 def contents(state: WindowState) -> dict[bytes, list]:
-    keys, lengths, times, values, peaks = state._live()
+    keys, _, lengths, times, values, peaks = state._live()
     out: dict[bytes, list] = {}
     at = 0
     for key, row in zip(keys, lengths, strict=True):
@@ -239,6 +241,16 @@ def contents(state: WindowState) -> dict[bytes, list]:
     return out
 
 
+def test_an_event_with_a_wrong_date_harms_nobody_else() -> None:
+    """One from the year 2100 used to make a whole shard's windows look expired."""
+    century = 80 * 365 * 86_400_000
+    rows = [Row(Sale, f"k{i % 5}", 1_000_000 + i, 7) for i in range(50)]
+    wrong = [*rows[:20], Row(Sale, "broken", 1_000_000 + century), *rows[20:]]
+    expected = kernel_features(EVERYTHING, rows, [10, 30])
+    found = kernel_features(replace(EVERYTHING, idle="2h"), wrong, [10, 25], frozenset({1}))
+    assert_identical(found[:20] + found[21:], expected)
+
+
 def test_late_events_are_counted() -> None:
     layout = Layout.of(EVERYTHING, SOURCES)
     state = WindowState(layout)
@@ -247,12 +259,19 @@ def test_late_events_are_counted() -> None:
             [
                 Row(Sale, "a", 1_000_100),
                 Row(Sale, "a", 1_000_099),
-                Row(Sale, "b", 1_000_060),
-                Row(Sale, "b", 1_000_059),
+                Row(Sale, "a", 1_000_060),
+                Row(Sale, "a", 1_000_059),
+                Row(Sale, "b", 1_000_000),
             ]
         )
     )
     assert (state.late, state.too_late) == (3, 1)
+
+
+def test_a_snapshot_of_another_number_of_shards_is_refused() -> None:
+    snapshot = WindowState(Layout.of(EVERYTHING, SOURCES, 16)).snapshot()
+    with pytest.raises(ValueError, match=r"shards is 16.*has 8"):
+        WindowState.restore(Layout.of(EVERYTHING, SOURCES, 8), snapshot)
 
 
 def test_a_snapshot_of_another_view_is_refused() -> None:
