@@ -1,6 +1,6 @@
 """Card-fraud scoring: transactions and fraud reports in, predictions out.
 
-    python -m bytewax.run dataflows.fraud -r .recovery -s 10 -b 0
+    python -m bytewax.run dataflows.fraud -r recovery -s 10 -b 0
 
 Configured by environment: ``python -m dataflows.settings`` prints what there is.
 """

@@ -92,6 +92,12 @@ class Metrics:
             "late_events", "Events behind the newest of their shard, by view and whether they were "
             "within the allowed lateness", ["view", "within"], registry=self.registry,
         )  # fmt: skip
+        self.before_state = Counter(
+            "events_before_state",
+            "Answered events from before the end of the window state that the flow began with",
+            ["view"],
+            registry=self.registry,
+        )
         self.profiles_missing = Counter(
             "profile_lookups_missing", "Lookups without a usable row, by Feast view", ["view"],
             registry=self.registry,

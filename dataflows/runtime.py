@@ -134,6 +134,7 @@ class Runtime:
                 max_clock_skew_ms=skew_ms,
                 max_hold_s=settings.max_hold_s,
                 buffer_records=settings.max_buffered,
+                resume_past_retention=settings.resume_past_retention,
                 between_batches=poll_producers,
                 observe=_observe_source,
                 startup_timeout_s=timeout_s,

@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     start_at: Literal["earliest", "latest"] = Field(
         "earliest", description="Where a partition without a snapshot is read from"
     )
+    resume_past_retention: bool = Field(
+        False,
+        description="Go on, and count the gap, when retention deleted records not yet read",
+    )
     transactions_topic: str = Field("transactions", description="Topic of card transactions")
     fraud_reports_topic: str = Field("fraud_reports", description="Topic of fraud reports")
     predictions_topic: str = Field("predictions", description="Topic of predictions")
@@ -195,6 +199,8 @@ def _accepted(name: str) -> str:
         return f"{opening}{low:,}, {high:,}]"
     if field.annotation is SecretStr:
         return "JSON"
+    if field.annotation is bool:
+        return "`true` or `false`"
     return "path" if schema.get("format") == "path" else "text"
 
 

@@ -199,8 +199,17 @@ def read_audit(source: str, reader: Sequence[str]) -> list[Audited]:
     return [decode(line) for line in Path(source).read_bytes().splitlines() if line]
 
 
-def read(source: str, event: type[Event], reader: Sequence[str], until: int | None) -> Events:
-    """Read events from ``kafka:TOPIC`` (refusing what the flow refuses) or from parquet."""
+def read(
+    source: str,
+    event: type[Event],
+    reader: Sequence[str],
+    until: int | None,
+    **limits: int,
+) -> Events:
+    """Read events from ``kafka:TOPIC``, or from parquet.
+
+    `limits` are EventDecoder's; give the flow's, so that what it refused is refused here.
+    """
     if not source.startswith(KAFKA):
         batches = list(
             interleave([(event, read_events(Path(source), event, until=until))], [event])
@@ -211,7 +220,7 @@ def read(source: str, event: type[Event], reader: Sequence[str], until: int | No
         return Events(event, batch.with_columns({**place, "append_time": np.arange(n)}), False)
     records = list(_read_topic(source, reader))
     append_time = np.array([record.append_time for record in records], np.int64)
-    decoded = EventDecoder([event])(
+    decoded = EventDecoder([event], **limits)(
         [record.value for record in records], np.zeros(len(records), np.uint8), append_time
     )
     rows = decoded.rows
@@ -313,6 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=SHARDS, help="of the flow (%(default)s)")
     parser.add_argument("--until", type=parse_time, help="ignore events from this stream time on")
     parser.add_argument(
+        "--max-clock-skew-s", type=float, default=300, help="of the flow (%(default)s)"
+    )
+    parser.add_argument("--max-event-bytes", type=int, default=65_536, help="(%(default)s)")
+    parser.add_argument(
         "--reader",
         default=f"{sys.executable} -m dataflows.kafka.read",
         help="command that prints a topic's records as JSON lines (%(default)s)",
@@ -320,13 +333,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     reader = options.reader.split()
+    limits = {
+        "max_clock_skew_ms": round(options.max_clock_skew_s * 1000),
+        "max_bytes": options.max_event_bytes,
+    }
     try:
         start = StateDir(options.state, FRAUD, options.shards) if options.state else None
         results = audit(
             read_audit(options.audit, reader),
             {
-                Transaction: read(options.transactions, Transaction, reader, options.until),
-                FraudReport: read(options.fraud_reports, FraudReport, reader, options.until),
+                Transaction: read(
+                    options.transactions, Transaction, reader, options.until, **limits
+                ),
+                FraudReport: read(
+                    options.fraud_reports, FraudReport, reader, options.until, **limits
+                ),
             },
             shards=options.shards,
             start=start,

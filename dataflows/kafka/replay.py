@@ -10,6 +10,7 @@ A replay that dies between a delivery and its commit sends up to `COMMIT_EVERY` 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,21 +29,24 @@ from confluent_kafka import (
 
 from dataflows.kafka.dead_letter import (
     DETAIL,
+    HEADERS,
+    KEY_TRUNCATED,
     OFFSET,
     PARTITION,
+    PREFIX,
     REASON,
     REPLAYED,
     SHA256,
     TIMESTAMP,
     TOPIC,
     TRUNCATED,
+    read_headers,
 )
 from dataflows.kafka.records import Header
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
 
 COMMIT_EVERY = 500
 _MAX_METADATA_BYTES = 4_000  # brokers take 4096 (offset.metadata.max.bytes)
-_MINE = "dlq."
 
 
 class ReplayError(RuntimeError):
@@ -58,11 +62,13 @@ class DeadLetter:
         reason, detail: why it was refused.
         topic, source_partition, source_offset: where it came from; offset -1: it never was there.
         timestamp: its own, milliseconds since the epoch.
-        key, value: as they were; the value may be cut, see `full_bytes`. None: a tombstone.
+        key, value: as they were, or cut, see `full_key_bytes`, `full_bytes`. None: a tombstone.
         headers: its own headers.
         full_bytes: length of the whole value if it was cut, else None.
         sha256: hex digest of the whole value if it was cut, else "".
         replayed: times it had been sent back when it was refused.
+        full_key_bytes: length of the whole key if it was cut, else None.
+        headers_missing: why its own headers are not kept; "": they are.
     """
 
     partition: int
@@ -79,17 +85,25 @@ class DeadLetter:
     full_bytes: int | None
     sha256: str
     replayed: int
+    full_key_bytes: int | None
+    headers_missing: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether the record can be sent back without its original."""
+        # Headers that cannot be read here cannot be read from the original either.
+        omitted = self.headers_missing not in ("", "unreadable")
+        return self.full_bytes is None and self.full_key_bytes is None and not omitted
 
     @staticmethod
     def of(message: Message) -> DeadLetter:
         """Read a record of the dead-letter topic; one that is no dead letter has no reason."""
-        headers = message.headers() or []
+        headers = read_headers(message) or []
         # The last of a name is ours; a record that was refused before carries older ones.
         found = {name: content or b"" for name, content in headers}
 
         def text(name: str) -> str:
-            content = found.get(name, b"")
-            return content if isinstance(content, str) else content.decode("utf-8", "replace")
+            return found.get(name, b"").decode("utf-8", "replace")
 
         def number(name: str, default: int) -> int:
             digits = text(name)
@@ -106,15 +120,17 @@ class DeadLetter:
             timestamp=number(TIMESTAMP, -1),
             key=message.key(),
             value=message.value(),
-            headers=[
-                (name, content.encode() if isinstance(content, str) else content)
-                for name, content in headers
-                if not name.startswith(_MINE)
-            ],
+            headers=_not_ours(headers),
             full_bytes=number(TRUNCATED, -1) if TRUNCATED in found else None,
             sha256=text(SHA256),
             replayed=number(REPLAYED, 0),
+            full_key_bytes=number(KEY_TRUNCATED, -1) if KEY_TRUNCATED in found else None,
+            headers_missing=text(HEADERS),
         )
+
+
+def _not_ours(headers: Sequence[Header]) -> list[Header]:
+    return [header for header in headers if not header[0].startswith(PREFIX)]
 
 
 @dataclass(slots=True)
@@ -275,8 +291,9 @@ def replay(
 ) -> Replay:
     """Send refused records back to the partitions they came from, once each.
 
-    Records keep key, value and headers and get ``dlq.replayed``. Those that are refused again while
-    the replay runs are left for the next one.
+    Records keep key, value and headers (but not headers that cannot be read) and get
+    ``dlq.replayed``. What a dead letter had no room for is read from the source topic. Those that
+    are refused again while the replay runs are left for the next one.
 
     Args:
         topic: the dead-letter topic.
@@ -313,12 +330,12 @@ def replay(
                 result.done_before += 1
                 continue
             try:
-                value = _original(letter, originals, timeout_s)
+                whole = _restored(letter, originals, timeout_s)
             except _CannotReplay as problem:
                 result.impossible.append((letter, str(problem)))
                 continue
             if not dry_run:
-                sender.send(letter, value)
+                sender.send(whole)
             result.sent[letter.reason] = result.sent.get(letter.reason, 0) + 1
         sender.commit()
     return result
@@ -343,22 +360,22 @@ def _load(memory: Consumer, topic: str, partitions: int, timeout_s: float) -> di
     }
 
 
-def _original(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> bytes | None:
-    """Return the whole value of a dead letter, from its source topic if it was cut."""
+def _restored(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> DeadLetter:
+    """Return a dead letter with the whole record, from its source topic if it was cut."""
     if not letter.topic or letter.source_partition < 0:
         raise _CannotReplay("it does not say where it came from")
     if letter.source_offset < 0:
         raise _CannotReplay(
             f"it was never in {letter.topic}, which cannot take it; replay the event that caused it"
         )
-    if letter.full_bytes is None:
-        return letter.value
+    if letter.is_whole:
+        return letter
     where = f"{letter.topic}/{letter.source_partition}/{letter.source_offset}"
     asked = TopicPartition(letter.topic, letter.source_partition)
     try:
         low, high = consumer.get_watermark_offsets(asked, timeout=timeout_s)
         if not low <= letter.source_offset < high:
-            raise _CannotReplay(f"its value was cut, and {where} is no longer on the brokers")
+            raise _CannotReplay(f"it was cut, and {where} is no longer on the brokers")
         records = _records(
             consumer,
             letter.topic,
@@ -369,11 +386,31 @@ def _original(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> bytes
         )
         original = next(records, None)
     except (KafkaException, ReplayError) as error:
-        raise _CannotReplay(f"its value was cut, and {where} cannot be read: {error}") from error
-    value: bytes | None = None if original is None else original.value()
-    if value is None or hashlib.sha256(value).hexdigest() != letter.sha256:
-        raise _CannotReplay(f"its value was cut, and {where} now holds something else")
-    return value
+        raise _CannotReplay(f"it was cut, and {where} cannot be read: {error}") from error
+    if original is None or not _is_original(letter, original):
+        raise _CannotReplay(f"it was cut, and {where} now holds something else")
+    headers = letter.headers
+    if letter.headers_missing:
+        headers = _not_ours(read_headers(original) or [])
+    return dataclasses.replace(letter, key=original.key(), value=original.value(), headers=headers)
+
+
+def _is_original(letter: DeadLetter, record: Message) -> bool:
+    """Tell whether a record has the key and the value of which the dead letter holds a part."""
+    key: bytes | None = record.key()
+    value: bytes | None = record.value()
+    if letter.full_bytes is None:
+        same_value = value == letter.value
+    else:
+        same_value = value is not None and hashlib.sha256(value).hexdigest() == letter.sha256
+    if letter.full_key_bytes is None:
+        return same_value and key == letter.key
+    return (
+        same_value
+        and key is not None
+        and len(key) == letter.full_key_bytes
+        and key.startswith(letter.key or b"")
+    )
 
 
 class _Sender:
@@ -389,7 +426,7 @@ class _Sender:
         self._pending = 0
         self._failed: list[str] = []
 
-    def send(self, letter: DeadLetter, value: bytes | None) -> None:
+    def send(self, letter: DeadLetter) -> None:
         def delivered(error: KafkaError | None, message: Message) -> None:
             del message
             if error is None:
@@ -401,7 +438,7 @@ class _Sender:
         try:
             self._producer.produce(
                 letter.topic,
-                value,
+                letter.value,
                 letter.key,
                 letter.source_partition,
                 on_delivery=delivered,

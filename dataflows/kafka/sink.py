@@ -31,7 +31,7 @@ from bytewax.dataflow import Stream, operator
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from dataflows.kafka.dead_letter import DeadLetterSettings, fit, reason_headers
+from dataflows.kafka.dead_letter import DeadLetterSettings, fit, reason_headers, stub
 from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, part_name, partition_counts
@@ -46,6 +46,7 @@ PRODUCER_DEFAULTS: Mapping[str, Any] = {
 }
 _GUARANTEES: Mapping[str, Any] = {"enable.idempotence": True, "acks": "all"}
 _FLUSH_MARGIN_S = 5.0
+_logger = logging.getLogger(__name__)
 _UNKNOWN = -1e15  # a latency below this has no known start
 
 
@@ -132,7 +133,8 @@ class KafkaSink(FixedPartitionedSink[OutRecords, int]):
         topic: output topic; it must exist.
         config: librdkafka producer settings, at least ``bootstrap.servers``; they go over
             `PRODUCER_DEFAULTS`, except ``acks`` and ``enable.idempotence``, which are fixed.
-        dead_letters: where records go that are too large for the topic. None: they are an error.
+        dead_letters: where records go that are too large for the topic. None: they are an error,
+            except dead letters, which are written as a `stub`.
         observe: called with a `Delivery` for each batch of delivery reports, on the worker thread.
         startup_timeout_s: bound of the look-up of the topic.
 
@@ -265,6 +267,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
         self._last: Message | None = None
         self._failures: list[tuple[KafkaError, bytes | None, bytes | None]] = []
         self._too_large: list[tuple[OutRecords, int]] = []
+        self._stubs: list[tuple[int, OutRecords]] = []  # with the dead-letter partition
         self._dead_letter_failure: KafkaError | None = None
         self._rejected = 0
 
@@ -297,12 +300,11 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
             except KafkaException as error:
                 _raise_unless_too_large(error.args[0], topic, partition)
                 refused.append(row)
-        if refused:
-            for row in refused:
-                self._reject(batch, row)
-            batch = batch.take(np.delete(np.arange(len(batch)), refused))
-        if len(batch):
-            self._sent.append((batch, now_ms))
+        sent = batch.take(np.delete(np.arange(len(batch)), refused)) if refused else batch
+        if len(sent):
+            self._sent.append((sent, now_ms))
+        for row in refused:
+            self._reject(batch, row)
 
     def _reported(self, error: KafkaError | None, message: Message) -> None:
         if error is None:
@@ -395,45 +397,58 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
         )
 
     def _reject(self, batch: OutRecords, row: int) -> None:
-        """Send a record that is too large to the dead-letter topic."""
+        """Send a record that is too large to the dead-letter topic; of a dead letter, its stub."""
         size = len(batch.values[row] or b"")
         where = self._dead_letters
         if where is None:
-            raise DeliveryError(
-                f"a record of {size} bytes is too large for {self._topic}/{self._partition} and "
-                "the sink has no dead-letter topic: give it one, or raise message.max.bytes here "
-                "and on the topic"
-            )
-        value, truncation = fit(batch.values[row], where.max_value_bytes)
-        detail = f"{size} bytes are more than {self._topic} takes"
+            least = stub(batch, row)
+            if least is None:
+                raise DeliveryError(
+                    f"a record of {size} bytes is too large for {self._topic}/{self._partition} "
+                    "and the sink has no dead-letter topic: give it one, or raise "
+                    "message.max.bytes here and on the topic"
+                )
+            _log_stub(self._topic, least)
+            self._write(least)
+            return
         event_id, key = batch.event_ids[row], batch.keys[row]
-        headers = [
-            *batch.headers_of(row),
-            *reason_headers(
+        routed = partitions_of([event_id if key is None else key], self._dead_letter_partitions)
+        own = [] if batch.headers is None else batch.headers[row]
+        key, value, headers = fit(key, batch.values[row], own, where.max_value_bytes)
+        letter = batch.take(np.array([row]))
+        letter.keys, letter.values = [key], [value]
+        letter.headers = [
+            headers
+            + reason_headers(
                 PREDICTION_TOO_LARGE,
-                detail,
+                f"{size} bytes are more than {self._topic} takes",
                 self._topic,
                 self._partition,
                 -1,
                 int(batch.append_time[row]),
-            ),
-            *truncation,
+            )
         ]
-        routed = partitions_of([event_id if key is None else key], self._dead_letter_partitions)
-        self._producer.produce(
-            where.topic,
-            value,
-            key,
-            int(routed[0]),
-            self._dead_letter_reported,
-            headers=headers,
-        )
+        self._send_dead_letter(where.topic, int(routed[0]), letter)
         self._rejected += 1
 
-    def _dead_letter_reported(self, error: KafkaError | None, message: Message) -> None:
-        del message
-        if error is not None:
-            self._dead_letter_failure = error
+    def _send_dead_letter(self, topic: str, partition: int, letter: OutRecords) -> None:
+        def reported(error: KafkaError | None, message: Message | None) -> None:
+            del message
+            if error is None:
+                return
+            least = stub(letter, 0) if _is_too_large(error) else None
+            if least is None:
+                self._dead_letter_failure = error
+            else:
+                self._stubs.append((partition, least))
+
+        headers: Any = letter.headers_of(0)
+        try:
+            self._producer.produce(
+                topic, letter.values[0], letter.keys[0], partition, reported, None, 0, headers
+            )
+        except KafkaException as error:
+            reported(error.args[0], None)
 
     def snapshot(self) -> int:
         """Return the offset after the last record delivered (-1: none yet), once all are.
@@ -448,8 +463,9 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
             # too large.
             self._write(batch.take(np.array([row])))
             self._flush()
-            if self._too_large:
+            while self._too_large:
                 self._reject(*self._too_large.pop())
+                self._flush()
         if self._rejected:
             self._flush()
             self._tell(0, np.empty(0))
@@ -457,6 +473,12 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
 
     def _flush(self) -> None:
         outstanding = self._shared.flush()
+        if self._stubs and self._dead_letters is not None:
+            stubs, self._stubs = self._stubs, []
+            for partition, letter in stubs:
+                _log_stub(self._dead_letters.topic, letter)
+                self._send_dead_letter(self._dead_letters.topic, partition, letter)
+            outstanding = self._shared.flush()
         self._settle()
         if outstanding or self._sent:
             raise DeliveryError(
@@ -470,8 +492,21 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, int]):
         self._sent.clear()
 
 
+def _log_stub(topic: str, letter: OutRecords) -> None:
+    _logger.error(
+        "%s does not take a dead letter because it is too large: only its reason is kept, event id "
+        "%s. Raise max.message.bytes of the topic to keep the record too",
+        topic,
+        letter.event_ids[0].decode("utf-8", "backslashreplace"),
+    )
+
+
+def _is_too_large(error: KafkaError) -> bool:
+    return error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE)
+
+
 def _raise_unless_too_large(error: KafkaError, topic: str, partition: int, count: int = 1) -> None:
-    if error.code() not in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE):
+    if not _is_too_large(error):
         raise DeliveryError(
             f"Kafka did not take {count} record(s) for {topic}/{partition}: {error.str()} "
             f"({error.name()}), after the producer's own retries. See to the brokers and the "

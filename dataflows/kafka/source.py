@@ -737,7 +737,7 @@ def _out_of_range(lane: _Lane, offset: int, low: int, high: int) -> str:
         return (
             f"{lane.name}: the next record to read has offset {offset}, but the broker has only "
             f"{low} to {high}: the topic's retention deleted {low - offset} unread records. Go on "
-            "with resume_past_retention (the gap is counted), or start with a new recovery "
+            "with RESUME_PAST_RETENTION=true (the gap is counted), or start with a new recovery "
             "directory; and make the retention longer than the longest stop"
         )
     return (

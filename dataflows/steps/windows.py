@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import bytewax.operators as op
 import numpy as np
+import structlog
 from bytewax.dataflow import Stream, operator
 from bytewax.operators import KeyedStream, StatefulBatchLogic
 
@@ -21,7 +22,10 @@ from features.events import DTYPES, Event, column_kinds
 from features.state_dir import StateDir
 from features.windows import Layout, WindowState, evaluate, shards_of
 
+log = structlog.get_logger()
+
 _Item = tuple[int, EventBatch]  # a shard and its rows
+_NO_STATE = -1
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class _ShardLogic(StatefulBatchLogic[_Item, EventBatch, bytes]):
         self._layout = layout
         self._start = start
         self._state = None if snapshot is None else WindowState.restore(layout, snapshot)
+        self._until = _NO_STATE
         self._late = METRICS.late_events.labels(layout.view.name, "yes")
         self._too_late = METRICS.late_events.labels(layout.view.name, "no")
 
@@ -93,6 +98,8 @@ class _ShardLogic(StatefulBatchLogic[_Item, EventBatch, bytes]):
         batch = in_order([part for _, part in values])
         if batch is None:
             return [], StatefulBatchLogic.RETAIN
+        if self._until != _NO_STATE:
+            _count_overlap(batch, self._layout, self._until)
         answered = state.update(batch)
         self._too_late.inc(state.too_late - too_late)
         self._late.inc(state.late - late - (state.too_late - too_late))
@@ -102,6 +109,7 @@ class _ShardLogic(StatefulBatchLogic[_Item, EventBatch, bytes]):
         snapshot = None
         if self._start is not None:
             snapshot = self._start.read(self._layout.view.name, shard)
+            self._until = self._start.manifest.until
         if snapshot is None:
             return WindowState(self._layout)
         return WindowState.restore(self._layout, snapshot)
@@ -109,6 +117,21 @@ class _ShardLogic(StatefulBatchLogic[_Item, EventBatch, bytes]):
     def snapshot(self) -> bytes:
         assert self._state is not None, "a logic exists only once it has seen an event"
         return self._state.snapshot()
+
+
+def _count_overlap(batch: EventBatch, layout: Layout, until: int) -> None:
+    """Tell of events from before the end of the state given, which may hold them already."""
+    asking = batch["source"] == layout.sources.index(layout.view.of)
+    n = int((batch["event_time"][asking] < until).sum())
+    if n:
+        METRICS.before_state.labels(layout.view.name).inc(n)
+        log.warning(
+            "events are from before the end of the window state given; if it holds them, they "
+            "count twice: begin the topics where the state ends",
+            view=layout.view.name,
+            events=n,
+            until=until,
+        )
 
 
 def _warm_up(layout: Layout) -> None:

@@ -128,7 +128,8 @@ def test_bad_input_stops_nothing_and_is_kept_as_it_came(flow_env: FlowEnv) -> No
         assert int(headers["dlq.partition"]) == sent.partition
         assert int(headers["dlq.timestamp"]) == APPENDED
         if case.name == "10 MB":  # more than the topic takes: cut, with the hash of the whole
-            assert case.value is not None and message.value() == case.value[:900_000]
+            assert case.value is not None and len(message.value()) > 899_000
+            assert case.value.startswith(message.value())
             assert int(headers["dlq.truncated"]) == len(case.value)
             digest = hashlib.sha256(case.value).hexdigest()
             assert headers["dlq.sha256"].decode() == digest

@@ -1,5 +1,6 @@
 """Refused records go to the dead-letter topic and come back with the command."""
 
+import ctypes
 import json
 from typing import Any
 
@@ -11,8 +12,19 @@ from confluent_kafka import Message
 
 from dataflows.dead_letter import main
 from dataflows.kafka.dead_letter import dead_letters
+from dataflows.kafka.dev_broker import _librdkafka
+from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, output
+from tests.bad_input import APPENDED, transaction, wire
 from tests.integration.conftest import TestBroker
+from tests.integration.flow import (
+    FlowEnv,
+    Sent,
+    flow_env,  # noqa: F401
+    send,
+    tiny_feast,  # noqa: F401
+    tiny_model,  # noqa: F401
+)
 
 LONG = b"y" * 5000
 
@@ -121,7 +133,7 @@ def test_what_cannot_be_restored_is_said_and_nothing_else_is_sent_for_it(
     topics.broker.dev.delete_records(topics.events, 1, 2)
     assert topics.run(*replay_arguments(topics)) == 1
     said = capsys.readouterr().out
-    assert "its value was cut" in said
+    assert "it was cut" in said
     assert "no longer on the brokers" in said
     assert len(topics.back()) == 4
 
@@ -132,3 +144,72 @@ def test_an_absent_topic_is_an_error_with_a_name(
     servers: str = broker.config["bootstrap.servers"]
     assert main(["list", "--bootstrap-servers", servers, "--topic", "no_such"]) == 2
     assert "topic 'no_such' does not exist" in capsys.readouterr().err
+
+
+def produce_with_header_name(broker: TestBroker, topic: str, name: bytes, value: bytes) -> None:
+    """Send what confluent-kafka does not: a header whose name is not UTF-8."""
+    library, error = _librdkafka(), ctypes.create_string_buffer(512)
+    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ssize_t
+    library.rd_kafka_headers_new.restype = pointer
+    library.rd_kafka_headers_new.argtypes = [size]
+    library.rd_kafka_header_add.argtypes = [pointer, text, size, text, size]
+    library.rd_kafka_flush.argtypes = [pointer, ctypes.c_int]
+    config = library.rd_kafka_conf_new()
+    servers = broker.config["bootstrap.servers"].encode()
+    library.rd_kafka_conf_set(config, b"bootstrap.servers", servers, error, 512)
+    producer = library.rd_kafka_new(0, config, error, 512)
+    assert producer, error.value
+    headers = library.rd_kafka_headers_new(1)
+    library.rd_kafka_header_add(headers, name, -1, b"v", 1)
+    end, to_topic, to_partition, with_value, flags, with_headers = 0, 1, 3, 4, 7, 10
+    arguments: list[Any] = [to_topic, text(topic.encode()), to_partition, ctypes.c_int32(0)]
+    arguments += [flags, 2, with_value, text(value), ctypes.c_size_t(len(value))]
+    arguments += [with_headers, pointer(headers), end]
+    assert library.rd_kafka_producev(pointer(producer), *arguments) == 0
+    assert library.rd_kafka_flush(producer, 10_000) == 0
+    library.rd_kafka_destroy(producer)
+
+
+def test_headers_that_no_dead_letter_can_hold_do_not_stop_the_flow(
+    flow_env: FlowEnv,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env, topic = flow_env, flow_env.topics["transactions"]
+    produce_with_header_name(env.broker, topic, b"bad\xff\xfename", b"not json")
+    large = [("h", b"y" * 600_000)]
+    middle = [("h", b"y" * 120_000)]
+    send(
+        env.broker,
+        [
+            Sent(topic, b"x" * 890_000, b"k", 0, middle, APPENDED),
+            Sent(topic, b"no", b"k" * 300_000, 0, large, APPENDED),
+            Sent(topic, wire(transaction(transaction_id="good")), b"k", 0, timestamp=APPENDED),
+        ],
+        **{"compression.type": "lz4"},
+    )
+    flow = env.flow(KAFKA_PRODUCER_OPTIONS='{"compression.type": "lz4"}').start()
+    env.await_count("predictions", 1)
+    unreadable, cut, bare = map(DeadLetter.of, env.await_count("dead_letters", 3))
+    assert flow.stop() == 0, flow.log
+    assert (unreadable.value, unreadable.headers_missing) == (b"not json", "unreadable")
+    assert (cut.full_bytes, cut.headers_missing) == (890_000, "")
+    assert ("h", b"y" * 120_000) in cut.headers
+    assert (bare.value, bare.full_key_bytes, bare.headers_missing) == (
+        b"no",
+        300_000,
+        "omitted: 600011 bytes",
+    )
+
+    # Sent back whole, but for the headers that nobody can read.
+    monkeypatch.setenv("KAFKA_PRODUCER_OPTIONS", '{"message.max.bytes": 2000000}')
+    servers: str = env.broker.config["bootstrap.servers"]
+    replayed = ("replay", "--group", f"replay_{topic}", "--bootstrap-servers", servers)
+    assert main([*replayed, "--topic", env.topics["dead_letters"]]) == 0
+    back = [m for m in env.read("transactions") if m.offset() > 3]
+    assert [(m.key(), m.value()) for m in back] == [
+        (None, b"not json"),
+        (b"k", b"x" * 890_000),
+        (b"k" * 300_000, b"no"),
+    ]
+    for message, own in zip(back, ([], middle, large), strict=True):
+        assert [h for h in message.headers() if h[0] == "h"] == own

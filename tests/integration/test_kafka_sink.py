@@ -1,5 +1,6 @@
 """The sink knows what became of every record."""
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from confluent_kafka import KafkaError, Message
 
-from dataflows.kafka.dead_letter import DeadLetterSettings
+from dataflows.kafka.dead_letter import DeadLetterSettings, reason_headers
 from dataflows.kafka.dev_broker import DevBroker
 from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.records import OutRecords
@@ -128,8 +129,73 @@ def test_a_record_too_large_for_the_client(broker: TestBroker, with_topic: bool)
     letter = DeadLetter.of(message)
     assert (letter.reason, letter.topic) == ("prediction_too_large", topic)
     assert (letter.source_partition, letter.source_offset) == (0, -1)
-    assert (letter.key, letter.value, letter.full_bytes) == (b"key1", b"x" * 500, 5000)
+    assert (letter.key, letter.value, letter.full_bytes) == (b"key1", b"x" * 496, 5000)
     assert ids([message]) == [b"id1"]
+
+
+def letters_of(values: list[bytes | None]) -> OutRecords:
+    out = batch(values)
+    out.headers = [[("own", b"h"), *reason_headers("why", "", "in", 0, 1, 2)] for _ in values]
+    return out
+
+
+def assert_stub(message: Message, key: bytes, value: bytes) -> None:
+    assert (message.key(), message.value()) == (b"", b"")
+    headers = dict(message.headers())
+    assert "own" not in headers
+    assert headers["dlq.reason"] in (b"why", b"prediction_too_large")
+    assert headers["dlq.truncated"] == b"%d" % len(value)
+    assert headers["dlq.sha256"] == hashlib.sha256(value).hexdigest().encode()
+    assert headers["dlq.key_truncated"] == b"%d" % len(key)
+
+
+def test_a_dead_letter_too_large_for_the_client_is_written_as_a_stub(
+    broker: TestBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    topic = broker.topic("dead_letters", 1)
+    written = Written(broker, topic, config={"message.max.bytes": 2000})
+    written.write(letters_of([b"a", b"x" * 5000, b"b"]))
+    assert written.snapshot() == [3]
+    first, second, least = broker.read(topic)
+    assert ids([first, second, least]) == [b"id0", b"id2", b"id1"]
+    assert_stub(least, b"key1", b"x" * 5000)
+    assert written.delivered() == 3
+    assert "does not take a dead letter" in caplog.text
+
+
+def test_a_dead_letter_too_large_for_the_broker_is_written_as_a_stub(dev_broker: DevBroker) -> None:
+    broker = TestBroker(dev_broker.bootstrap_servers, dev_broker)
+    topic, too_large = broker.topic("dead_letters", 1), KafkaError.MSG_SIZE_TOO_LARGE
+    written = Written(broker, topic, config={"linger.ms": 50})
+    # The batch of two, its second record alone; then a stub, which is the end.
+    dev_broker.push_request_errors(PRODUCE, [too_large, 0, too_large])
+    written.write(letters_of([b"a", b"b"]))
+    written.snapshot()
+    by_id = dict(zip(ids(found := broker.read(topic)), found, strict=True))
+    assert len(found) == 2
+    assert by_id[b"id0"].value() == b"a"
+    assert_stub(by_id[b"id1"], b"key1", b"b")
+    dev_broker.push_request_errors(PRODUCE, [too_large] * 3)
+    written.write(letters_of([b"c"]))
+    with pytest.raises(DeliveryError, match="0 bytes is too large"):
+        written.snapshot()
+
+
+def test_a_rejected_record_too_large_for_the_dead_letter_topic_leaves_a_stub(
+    broker: TestBroker,
+) -> None:
+    topic, letters = broker.topic("out", 1), broker.topic("dead_letters", 1)
+    written = Written(
+        broker,
+        topic,
+        config={"message.max.bytes": 2000},
+        dead_letters=DeadLetterSettings(letters),
+    )
+    written.write(batch([b"a", b"x" * 5000]))
+    assert written.snapshot() == [1]
+    assert (written.delivered(), written.rejected()) == (1, 1)
+    [message] = broker.read(letters)
+    assert_stub(message, b"key1", b"x" * 5000)
 
 
 def test_a_batch_too_large_for_the_broker_is_sent_again_one_by_one(dev_broker: DevBroker) -> None:

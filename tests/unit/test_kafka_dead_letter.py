@@ -1,13 +1,14 @@
 """A dead letter holds the record as it came, and everything needed to find and replay it."""
 
 import hashlib
+from typing import Any
 
 import pytest
 from confluent_kafka import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflows.kafka.dead_letter import dead_letters
+from dataflows.kafka.dead_letter import dead_letters, stub
 from dataflows.kafka.replay import DeadLetter, Progress, ReplayError, parse_start
 
 
@@ -62,7 +63,7 @@ def test_identity_and_time_are_those_of_the_refused_record() -> None:
 def test_a_value_that_is_too_long_is_cut_and_its_hash_kept() -> None:
     value = b"x" * 1000
     letter = read_back(refused(value), max_value_bytes=100)
-    assert letter.value == b"x" * 100
+    assert letter.value == b"x" * 95  # the key has the other 5
     assert letter.full_bytes == 1000
     assert letter.sha256 == hashlib.sha256(value).hexdigest()
 
@@ -78,6 +79,78 @@ def test_own_headers_are_kept_and_a_second_refusal_counts() -> None:
     assert [header for header in letter.headers if header[0] != "event_id"] == own
     assert letter.reason == "invalid_json"
     assert letter.replayed == 2
+
+
+class Unreadable:
+    """A message as confluent-kafka gives it if a header's name is not UTF-8."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._message, name)
+
+    def headers(self) -> Any:
+        raise SystemError("returned a result with an exception set")
+
+
+def test_headers_that_cannot_be_read_are_left_out() -> None:
+    message: Any = Unreadable(refused())
+    letter = read_back(message)
+    assert (letter.key, letter.value) == (b"C0001", b"not json")
+    assert (letter.reason, letter.headers_missing) == ("invalid_json", "unreadable")
+    assert letter.is_whole
+    assert DeadLetter.of(message).reason == ""
+
+
+def test_a_record_cannot_pass_for_a_cut_one() -> None:
+    letter = read_back(refused(headers=[("dlq.truncated", b"9"), ("dlq.headers", b"omitted")]))
+    assert letter.is_whole
+
+
+sizes = st.integers(0, 3000)
+
+
+@given(
+    value=st.none() | sizes,
+    key=st.none() | sizes,
+    headers=st.lists(st.tuples(st.sampled_from(["a", "é" * 20, "dlq.x"]), st.none() | sizes)),
+    budget=sizes,
+)
+def test_what_is_kept_fits_the_budget_and_the_rest_is_said(
+    value: int | None, key: int | None, headers: list[tuple[str, int | None]], budget: int
+) -> None:
+    def content(size: int | None) -> bytes | None:
+        return None if size is None else b"x" * size
+
+    own = [(name, content(size)) for name, size in headers]
+    kept = [each for each in own if each[0] != "dlq.x"]
+    message = refused(content(value), content(key), own)
+    out = dead_letters([message], ["a"], ["b"], max_value_bytes=budget)
+    letter = read_back(message, max_value_bytes=budget)
+    assert letter.headers[1:] == ([] if letter.headers_missing else kept)  # first: event_id
+    held = sum(len(n.encode()) + len(c or b"") for n, c in letter.headers[1:])
+    assert held + len(letter.key or b"") + len(letter.value or b"") <= budget
+    for full, part, noted in (
+        (value, letter.value, letter.full_bytes),
+        (key, letter.key, letter.full_key_bytes),
+    ):
+        assert (full is None) == (part is None)
+        assert noted == (None if full == (None if part is None else len(part)) else full)
+
+    # A stub says the same of the record, and is the end.
+    least = stub(out, 0) or out
+    assert not least.values[0]
+    assert not least.keys[0]
+    assert (least.values[0] is None, least.keys[0] is None) == (value is None, key is None)
+    said = dict(least.headers[0] if least.headers else [])
+    assert all(name.startswith("dlq.") for name in said)
+    assert said.get("dlq.truncated") == (b"%d" % value if value else None)
+    if value:
+        assert said["dlq.sha256"] == hashlib.sha256(b"x" * value).hexdigest().encode()
+    assert said.get("dlq.key_truncated") == (b"%d" % key if key else None)
+    assert ("dlq.headers" in said) == bool(kept)
+    assert stub(least, 0) is None
 
 
 def test_a_message_that_was_never_consumed_is_refused() -> None:

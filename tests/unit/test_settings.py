@@ -21,6 +21,7 @@ REQUIRED = {
 }
 #: A wrong value of each variable that can be wrong alone.
 WRONG = {
+    "RESUME_PAST_RETENTION": "maybe",
     "START_AT": "middle",
     "AUDIT_SHARE": "1.5",
     "DELIVERY": "maybe",
