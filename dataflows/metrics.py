@@ -13,8 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from hdrh.histogram import HdrHistogram
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import values as prometheus_values
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
+
+# Feast 0.67 sets PROMETHEUS_MULTIPROC_DIR when it is imported. If that comes first,
+# prometheus_client keeps values in files, shared by name between registries; ours are our own.
+prometheus_values.ValueClass = prometheus_values.MutexValue
 
 #: Bucket bounds of latencies in seconds, on the objectives.
 LATENCY_BOUNDS_S = (

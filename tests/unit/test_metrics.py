@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,3 +101,13 @@ def test_two_metrics_do_not_share_their_registry() -> None:
     one, two = Metrics(), Metrics()
     one.count("a", "read", 1)
     assert two.account() == {}
+
+
+def test_values_are_the_process_own_even_where_feast_came_first() -> None:
+    """Feast's import makes prometheus_client share values by name, through files."""
+    code = (
+        "import feast.metrics; from dataflows.metrics import Metrics; a, b = Metrics(), Metrics();"
+        "a.count('t', 'read', 3); print(b.events.labels('t', 'read')._value.get())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"] or done.stdout.split() == ["0.0"]
