@@ -16,7 +16,7 @@ RATE ?= 500
 
 .PHONY: help
 help: ## show this
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): requirements.lock
 ifneq ($(PYTHON),)
@@ -40,6 +40,12 @@ install: $(STAMP) ## create .venv from the hashed lock
 demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s DURATION=s)
 	@RATE=$(RATE) DURATION=$(DURATION) $(BIN)/python -m dataflows.demo
 
+.PHONY: kafka kafka-3
+kafka: $(STAMP) ## Apache Kafka until Ctrl-C, its address on screen (Java 17+, Maven)
+	@$(BIN)/python -m tests.kafka.cluster
+kafka-3: $(STAMP) ## the same with three brokers
+	@$(BIN)/python -m tests.kafka.cluster --brokers 3
+
 .PHONY: test
 test: $(STAMP) ## the whole test suite; starts what it needs
 	$(BIN)/python -m pytest
@@ -61,5 +67,5 @@ docs: $(STAMP) ## rewrite the README's generated tables
 
 .PHONY: clean
 clean: ## remove everything generated, .venv included
-	rm -rf .venv .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .cache .kafka .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -69,9 +69,13 @@ class Guard:
                 stdout=file if stdout_to_log else subprocess.PIPE,
                 stderr=file,
             )
+        self.adopt(process)
+        return process
+
+    def adopt(self, process: Process) -> None:
+        """Guard a process that was started elsewhere, in a session of its own."""
         self._tell(f"+{process.pid}")
         self._running.append(process)
-        return process
 
     def ended(self, process: Process) -> bool:
         """Return whether it has ended; its id may then belong to another process."""

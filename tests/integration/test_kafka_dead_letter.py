@@ -16,7 +16,6 @@ from dataflows.kafka.dev_broker import _librdkafka
 from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, output
 from tests.bad_input import APPENDED, transaction, wire
-from tests.integration.conftest import TestBroker
 from tests.integration.flow import (
     FlowEnv,
     Sent,
@@ -25,6 +24,7 @@ from tests.integration.flow import (
     tiny_feast,  # noqa: F401
     tiny_model,  # noqa: F401
 )
+from tests.kafka.client import TestBroker
 
 LONG = b"y" * 5000
 
@@ -128,9 +128,7 @@ def test_replay_by_reason_leaves_the_others_for_later(topics: Topics) -> None:
 def test_what_cannot_be_restored_is_said_and_nothing_else_is_sent_for_it(
     topics: Topics, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if topics.broker.dev is None:
-        pytest.skip("needs a broker that deletes records on request")
-    topics.broker.dev.delete_records(topics.events, 1, 2)
+    topics.broker.delete_records(topics.events, 1, 2)
     assert topics.run(*replay_arguments(topics)) == 1
     said = capsys.readouterr().out
     assert "it was cut" in said

@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from dataflows.kafka.dev_broker import RETENTION_BYTES, DevBroker
-from tests.integration.conftest import TestBroker
+from tests.kafka.client import TestBroker
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "dataflows.kafka.dev_broker", "--topic", "events:3"]
