@@ -52,10 +52,13 @@ class Event(msgspec.Struct, gc=False):
 
     ``event_time`` is what windows go by. ``stream_time`` names the field that says when the event
     happened *to us*, by which partitions, topics and files are interleaved: the same field,
-    unless the event is news about something earlier.
+    unless the event is news about something earlier. ``identity`` names the key field by which
+    the business tells events of this type apart, if there is one: two events with the same are
+    the same, sent twice (see ``features/seen.py``).
     """
 
     stream_time: ClassVar[str] = "event_time"
+    identity: ClassVar[str | None] = None
 
 
 @cache

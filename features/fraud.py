@@ -19,6 +19,8 @@ from features.events import Event, EventTime, Key, Money
 class Transaction(Event):
     """A card payment asking for a verdict; partitioned by card."""
 
+    identity: ClassVar[str | None] = "transaction_id"
+
     transaction_id: Key
     card_id: Key
     terminal_id: Key
@@ -30,6 +32,7 @@ class FraudReport(Event):
     """News that a transaction was fraud; ``event_time`` is the transaction's."""
 
     stream_time: ClassVar[str] = "report_time"
+    identity: ClassVar[str | None] = "transaction_id"
 
     transaction_id: Key
     terminal_id: Key
