@@ -828,10 +828,10 @@ class WindowState:
         return head
 
     @staticmethod
-    def restore(layout: Layout, snapshot: bytes) -> WindowState:
-        """Return the state that `snapshot` was taken of.
+    def check(layout: Layout, snapshot: bytes) -> dict[str, Any]:
+        """Return a snapshot's header (see `describe`) after checking that it fits the view.
 
-        Raises ValueError if it is of another format or another view, or if it is truncated.
+        Looks at the header only. Raises ValueError if it is of another format, view or shard count.
         """
         head = WindowState.describe(snapshot)
         expected = msgspec.json.decode(msgspec.json.encode(layout.description()))
@@ -842,6 +842,15 @@ class WindowState:
                     f"{layout.view.name!r} has {value!r}; the state of a changed view must be "
                     "computed anew, by python -m features.offline --state"
                 )
+        return head
+
+    @staticmethod
+    def restore(layout: Layout, snapshot: bytes) -> WindowState:
+        """Return the state that `snapshot` was taken of.
+
+        Raises ValueError if it is of another format or another view, or if it is truncated.
+        """
+        head = WindowState.check(layout, snapshot)
         n, width, entries = head["entities"], head["key_width"], head["entries"]
         n_logs = len(layout.logs)
         shapes = [

@@ -11,9 +11,11 @@ from typing import Any
 import bytewax.operators as op
 from bytewax.dataflow import Dataflow
 
+from dataflows.kafka import peers
 from dataflows.kafka.records import OutRecords, Records
-from dataflows.kafka.sink import KafkaSink, output, poll_producers
+from dataflows.kafka.sink import KafkaSink, output, poll_sinks
 from dataflows.kafka.source import KafkaSource, SourceTopic, install_drain_handlers
+from dataflows.recovery import launched, prepare
 
 
 def forwarding_flow(
@@ -53,7 +55,7 @@ def forwarding_flow(
         [SourceTopic(topic, "at") for topic in topics],
         consumer_config,
         group_id=group_id,
-        between_batches=poll_producers,
+        between_batches=poll_sinks,
         **source_options,
     )
     records = op.input("records", flow, source)
@@ -63,5 +65,15 @@ def forwarding_flow(
 
 
 if "KAFKA_FLOW" in os.environ:
+    settings = json.loads(os.environ["KAFKA_FLOW"])
+    launch = launched()
+    assert launch is not None and launch.directory is not None
+    # How soon one process sees that another drains; long: only the agreed last epoch helps.
+    peers._LOOK_EVERY_S = settings.pop("look_every_s", peers._LOOK_EVERY_S)
+    if settings.pop("share", True):
+        store = prepare(
+            launch.directory, "forwarding", process=launch.process, processes=launch.processes
+        )
+        settings["peers"] = store.peers()
     install_drain_handlers()
-    flow = forwarding_flow(**json.loads(os.environ["KAFKA_FLOW"]))
+    flow = forwarding_flow(**settings)

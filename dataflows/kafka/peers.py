@@ -1,0 +1,157 @@
+"""What the processes of a cluster tell each other, so that they drain together.
+
+A worker may stop only when every other one has what it needs of it. Bytewax 0.21.1 finishes an
+epoch when *all* workers have; a worker that stops while another one still waits for the end of an
+epoch leaves that one waiting for ever, busily. Signals do not arrive in one epoch, or only one
+process gets one. So the processes agree, by small files in the recovery directory they share:
+
+* Who is told to drain says so; the others see it within 0.1 s, and drain too.
+* A worker that stops emitting says in which epoch, *before* it gives its snapshot of that epoch.
+* The last epoch is the largest of these. A worker looks at the first call of each epoch, and stops
+  at the first call after the last epoch. By then that epoch is finished on all workers, so each
+  of them had said its epoch before: all see the same, and all stop in the same epoch.
+
+Epochs are counted from 0 in this life, and all workers begin in the same one. A worker without
+partitions is never called; its process ends when all others have stopped.
+
+A cluster whose processes do not share a directory cannot do this: see `shared`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.1
+
+
+class _Record(msgspec.Struct):
+    """What one process says."""
+
+    draining: bool = False
+    #: Worker → the epoch after which it emits nothing; None: it reads.
+    workers: dict[str, int | None] = {}
+    stopped: list[str] = []
+
+
+class Peers:
+    """This process among the others of its cluster. For use by several threads.
+
+    Args:
+        directory: the recovery directory.
+        process: this process's id, from 0.
+        processes: how many there are.
+        is_alive: tells whether a process holds the directory under an id.
+    """
+
+    def __init__(
+        self, directory: Path, process: int, processes: int, is_alive: Callable[[int], bool]
+    ) -> None:
+        self._directory = directory
+        self._process, self._processes = process, processes
+        self._is_alive = is_alive
+        self._mine = _Record()
+        self._lock = threading.Lock()
+        self._write()  # over what an earlier life said
+
+    def shared(self) -> bool:
+        """Tell whether all others are in this directory. Ask when all processes have connected."""
+        others = set(range(self._processes)) - {self._process}
+        return all(self._is_alive(n) and self._path(n).exists() for n in others)
+
+    def reads(self, worker: str) -> None:
+        """Say, before its first snapshot, that a worker has partitions."""
+        with self._lock:
+            self._mine.workers.setdefault(worker, None)
+            self._write()
+
+    def drains(self, worker: str | None = None, epoch: int = 0) -> None:
+        """Say that this process drains, and that a worker of it emits nothing after an epoch."""
+        with self._lock:
+            self._mine.draining = True
+            if worker is not None:
+                self._mine.workers[worker] = epoch
+            self._write()
+
+    def stops(self, worker: str) -> None:
+        """Say that a worker stops now."""
+        with self._lock:
+            self._mine.stopped.append(worker)
+            self._write()
+
+    def last_epoch(self) -> int | None:
+        """Return the last epoch in which anything was emitted; None while some worker reads."""
+        records = self._records()
+        if None in records:
+            return None
+        ends = [end for record in records if record for end in record.workers.values()]
+        return None if not ends or None in ends else max(end for end in ends if end is not None)
+
+    def draining(self) -> list[int]:
+        """Return the ids of the processes that drain."""
+        return [n for n, record in enumerate(self._records()) if record and record.draining]
+
+    def only_idle_left(self) -> bool:
+        """Tell whether all workers with partitions have stopped, and none of them is here."""
+        if self._mine.workers:
+            return False
+        records = self._records()
+        return any(record and record.workers for record in records) and all(
+            record is not None and set(record.workers) == set(record.stopped) for record in records
+        )
+
+    def watch(
+        self,
+        drain: Callable[[], None],
+        draining: Callable[[], bool],
+        leave: Callable[[], None],
+    ) -> None:
+        """Look at the others from a thread of its own: call `drain` when one of them drains.
+
+        Tells them when `draining` here. Calls `leave`, once, when `only_idle_left`.
+        """
+
+        def look() -> None:
+            told = False
+            pause = threading.Event()
+            while not pause.wait(_LOOK_EVERY_S):
+                if told:
+                    pass
+                elif draining():
+                    self.drains()
+                    told = True
+                elif others := self.draining():
+                    logger.info("draining, because process %d of the cluster does", others[0])
+                    drain()
+                if self.only_idle_left():
+                    leave()
+                    return
+
+        threading.Thread(target=look, name="peers", daemon=True).start()
+
+    def _records(self) -> list[_Record | None]:
+        return [self._read(number) for number in range(self._processes)]
+
+    def _read(self, process: int) -> _Record | None:
+        if process == self._process:
+            return self._mine
+        try:
+            return msgspec.json.decode(self._path(process).read_bytes(), type=_Record)
+        except (OSError, msgspec.MsgspecError) as error:
+            logger.warning("what process %d says cannot be read: %s", process, error)
+            return None
+
+    def _write(self) -> None:
+        path = self._path(self._process)
+        new = path.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(self._mine))
+        new.rename(path)
+
+    def _path(self, process: int) -> Path:
+        return self._directory / f".process-{process}.json"

@@ -1,0 +1,623 @@
+"""The recovery store: made if there is none, owned by one flow, looked through before it is loaded.
+
+Bytewax 0.21.1 wants a directory that somebody has initialised, unpickles whatever it holds, starts
+renamed steps empty without a word, and panics when a partition it has state of is gone. Here each
+of these is either done for the operator or refused with a sentence, before the engine starts.
+
+``-r DIR`` names one directory for all processes of a cluster. In it:
+
+========================  =====================================================================
+``part-0.sqlite3``        Bytewax's, with ``-wal`` and ``-shm`` beside it while a flow runs
+``store.json``            `Manifest`: whose it is
+``.process-<id>.lock``    held (flock) for the life of that process of the flow; says its pid
+``.process-<id>.json``    what that process tells the others (`dataflows.kafka.peers`)
+========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pickle
+import pickletools
+import re
+import shutil
+import socket
+import sqlite3
+import stat
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bytewax.run
+import msgspec
+import structlog
+from bytewax.dataflow import Dataflow
+from bytewax.recovery import init_db_dir
+
+from dataflows.kafka.peers import Peers
+from dataflows.kafka.topics import part_name
+from features.seen import SeenIds
+from features.windows import Layout, WindowState
+
+log = structlog.get_logger()
+
+FORMAT = 1
+MANIFEST = "store.json"
+
+_NEW_DIRECTORY = (
+    "name a new recovery directory with -r: the flow then reads its topics anew (START_AT), its "
+    "windows begin with STATE_DIR, or empty, and what it reads again it may also write again"
+)
+#: What values of int, bytes, str, None, bool and tuples are pickled to (protocol 4 and 5).
+_PLAIN_OPCODES = frozenset(
+    {
+        *("PROTO", "FRAME", "STOP", "MEMOIZE", "BINGET", "LONG_BINGET"),
+        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4"),
+        *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("MARK", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    }
+)
+_MOST_OPCODES = 100_000
+_DAMAGED_PICKLE = (
+    ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+class RecoveryError(RuntimeError):
+    """Say why the recovery store cannot be used: what, where, and what to do."""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What ``store.json`` says."""
+
+    format: int
+    flow: str
+    bytewax: str
+    #: ISO 8601, UTC.
+    created: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What ``python -m bytewax.run`` was told about recovery and the cluster."""
+
+    directory: Path | None
+    process: int
+    processes: int
+
+
+def launched() -> Launch | None:
+    """Return what this process was launched with; None if not by ``python -m bytewax.run``.
+
+    Flags and variables are read by Bytewax's own parser, which has accepted them already.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None or spec.name != "bytewax.run":
+        return None
+    given = bytewax.run._parse_args()  # type: ignore[no-untyped-call]
+    addresses = (given.addresses or "").split(";")
+    return Launch(given.recovery_directory, given.process_id or 0, len(addresses))
+
+
+# Make and own
+
+
+@dataclass(frozen=True)
+class Store:
+    """A recovery directory that this process holds until `close`, or until it ends."""
+
+    directory: Path
+    manifest: Manifest
+    process: int
+    processes: int
+    _lock: int = field(repr=False)
+
+    def peers(self) -> Peers | None:
+        """Return the other processes of the cluster, to drain with; None if there are none."""
+        if self.processes == 1:
+            return None
+        with _writing(self.directory):
+            return Peers(
+                self.directory,
+                self.process,
+                self.processes,
+                lambda process: is_held(self.directory, process),
+            )
+
+    def close(self) -> None:
+        """Let another process have it."""
+        os.close(self._lock)
+
+
+def open_store(flow_id: str, delivery: str) -> Store | None:
+    """Prepare the store that this process was launched with; None if with none.
+
+    Raises RecoveryError as `prepare` does, and if the delivery guarantee needs a store.
+    """
+    launch = launched()
+    if launch is None:
+        return None
+    if launch.directory is not None:
+        return prepare(
+            launch.directory, flow_id, process=launch.process, processes=launch.processes
+        )
+    how = "run with -r DIR -s 10 -b 0; DIR is created if it is not there"
+    if delivery == "exactly_once":
+        raise RecoveryError(f"DELIVERY=exactly_once needs a recovery store: {how}")
+    if delivery == "at_least_once":
+        log.warning(
+            "there is no recovery store, so a restart reads from START_AT again, with empty "
+            f"windows: {how}"
+        )
+    return None
+
+
+def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int = 1) -> Store:
+    """Take hold of a recovery directory, creating the store if there is none.
+
+    All processes of a cluster may call it at once, on one directory. Existing parts are never
+    touched; a store made by ``python -m bytewax.recovery`` is taken over. A store made here has
+    one part: Bytewax's pause at a snapshot does not depend on their number.
+
+    Raises RecoveryError if the directory is not this user's, is held by another flow, or holds
+    another flow's store.
+    """
+    directory = directory.absolute()
+    _make_private(directory)
+    with _writing(directory):
+        lock = _hold(directory, process)
+        try:
+            _refuse_others(directory, processes)
+            with _locked(directory / ".create.lock"):
+                manifest = _create(directory, flow_id)
+        except BaseException:
+            os.close(lock)
+            raise
+    return Store(directory, manifest, process, processes, lock)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecoveryError(
+            f"the recovery directory {directory} cannot be written ({error.strerror}): make room, "
+            "or make it writable, and start again"
+        ) from None
+
+
+def _make_private(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        raise RecoveryError(
+            f"-r {directory}: there is no directory {directory.parent} to create it in; create "
+            "that (or mount the volume), or correct -r"
+        ) from None
+    except OSError as error:
+        raise RecoveryError(f"-r {directory} cannot be created: {error.strerror}") from None
+    found = directory.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise RecoveryError(f"-r {directory} is not a directory; name another")
+    if found.st_uid != os.geteuid():
+        raise RecoveryError(
+            f"-r {directory} belongs to user {found.st_uid}, this process runs as {os.geteuid()}; "
+            "who can write there decides what the flow believes. Name a directory that does not "
+            "exist yet, for instance inside it, or change its owner"
+        )
+    if found.st_mode & 0o077:
+        directory.chmod(0o700)
+        log.warning(
+            "the recovery directory was open to other users; now only its owner may enter it",
+            directory=str(directory),
+            was=f"{stat.S_IMODE(found.st_mode):04o}",
+        )
+
+
+def _hold(directory: Path, process: int) -> int:
+    file = os.open(directory / f".process-{process}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = _holder(file)
+        os.close(file)
+        raise RecoveryError(
+            f"the recovery directory {directory} is in use: {who} runs as process {process} of a "
+            "flow on it. Stop that one first (if it is suspended, it holds the directory until it "
+            "is resumed or killed), or name another directory"
+        ) from None
+    except OSError as error:
+        os.close(file)
+        raise RecoveryError(
+            f"{directory}: this file system has no locks ({error.strerror}); name a directory on "
+            "one that has"
+        ) from None
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+    return file
+
+
+def _holder(file: int) -> str:
+    pid, _, host = os.pread(file, 300, 0).decode(errors="replace").partition(" ")
+    return f"pid {pid} on {host}" if pid.isdecimal() else "another process"
+
+
+def _refuse_others(directory: Path, processes: int) -> None:
+    """Refuse to run beside a process that this cluster does not have: an earlier, larger one."""
+    for path in directory.glob(".process-*.lock"):
+        number = re.fullmatch(r"\.process-(\d+)\.lock", path.name)
+        if number is None or int(number[1]) < processes:
+            continue
+        file = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecoveryError(
+                f"the recovery directory {directory} is in use: {_holder(file)} still runs as "
+                f"process {number[1]} of a cluster on it, and this one has only {processes}. Stop "
+                "that one first"
+            ) from None
+        finally:
+            os.close(file)
+
+
+def is_held(directory: Path, process: int) -> bool:
+    """Tell whether some process, this one included, holds the directory as this process id."""
+    try:
+        file = os.open(directory / f".process-{process}.lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _create(directory: Path, flow_id: str) -> Manifest:
+    for abandoned in directory.glob(".new-*"):  # by a process that was killed just here
+        shutil.rmtree(abandoned, ignore_errors=True)
+    manifest = read_manifest(directory)
+    if not parts_of(directory):
+        if manifest is not None:
+            raise RecoveryError(
+                f"{directory} has a {MANIFEST} but no part-*.sqlite3: the state was deleted. "
+                f"Restore it; or {_NEW_DIRECTORY}"
+            )
+        _make_part(directory)
+    if manifest is None:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = Manifest(FORMAT, flow_id, version("bytewax"), created)
+        _write_whole(directory / MANIFEST, msgspec.json.encode(manifest))
+    if manifest.flow != flow_id:
+        raise RecoveryError(
+            f"the recovery store in {directory} is of the flow {manifest.flow!r}, this is the flow "
+            f"{flow_id!r}: correct -r"
+        )
+    return manifest
+
+
+def _make_part(directory: Path) -> None:
+    """Create the store's part: all of it, or none."""
+    staging = Path(tempfile.mkdtemp(prefix=".new-", dir=directory))
+    try:
+        init_db_dir(staging, 1)  # type: ignore[no-untyped-call]
+        (staging / "part-0.sqlite3").rename(directory / "part-0.sqlite3")
+    except BaseException as error:
+        # Bytewax panics, past `Exception`, when SQLite cannot write.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise RecoveryError(
+                f"the recovery store cannot be created in {directory} ({error}); is the disk full?"
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    new = path.with_name(f".new-{path.name}")
+    with new.open("wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    new.rename(path)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Return what ``store.json`` says, None if there is none; RecoveryError if not readable."""
+    path = directory / MANIFEST
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RecoveryError(
+            f"{path} cannot be read ({error}): restore it, or delete it if the parts beside it are "
+            "this flow's"
+        ) from None
+    if found.format != FORMAT:
+        raise RecoveryError(
+            f"the recovery store in {directory} has format {found.format}, this version reads "
+            f"{FORMAT}: run the version that wrote it, or {_NEW_DIRECTORY}"
+        )
+    return found
+
+
+def parts_of(directory: Path) -> list[Path]:
+    """Return the store's SQLite files, by name; the ones that Bytewax would open."""
+    return sorted(directory.glob("*.sqlite3"))
+
+
+# Read
+
+
+class Snapshot(NamedTuple):
+    """A row of the store. ``change`` is a pickle; None: the key was discarded."""
+
+    part: Path
+    step_id: str
+    key: str
+    epoch: int
+    #: Seconds since 1970, whole.
+    written: int
+    change: bytes | None
+
+
+def snapshots(parts: Collection[Path], before: int | None = None) -> Iterator[Snapshot]:
+    """Read all rows; or of each step and key the newest from before an epoch: what is loaded.
+
+    Reads only, also while a flow writes: what was committed when reading began.
+    """
+    columns = (
+        "step_id, state_key, snap_epoch, CAST(strftime('%s', created_at) AS INTEGER), ser_change"
+    )
+    newest = (
+        f"SELECT {columns} FROM snaps JOIN (SELECT step_id, state_key, MAX(snap_epoch) AS "
+        "snap_epoch FROM snaps WHERE snap_epoch < ? GROUP BY step_id, state_key) "
+        "USING (step_id, state_key, snap_epoch) ORDER BY step_id, state_key"
+    )
+    for part in parts:
+        with _open(part) as connection:
+            rows = (
+                connection.execute(f"SELECT {columns} FROM snaps ORDER BY step_id, state_key")
+                if before is None
+                else connection.execute(newest, (before,))
+            )
+            for row in rows:
+                yield Snapshot(part, *row)
+
+
+def resume_epoch(parts: Collection[Path]) -> int:
+    """Return the epoch that a flow resumes in: the first that is not durable on every worker.
+
+    As Bytewax 0.21.1 reckons it (``src/recovery.rs``, `resume_from`); 1 for a new store.
+    """
+    executions: dict[int, tuple[int, int]] = {}
+    fronts: dict[tuple[int, int], int] = {}
+    for part in parts:
+        with _open(part) as connection:
+            for number, workers, epoch in connection.execute(
+                "SELECT ex_num, worker_count, resume_epoch FROM exs"
+            ):
+                executions[number] = (workers, epoch)
+            for number, worker, epoch in connection.execute(
+                "SELECT ex_num, worker_index, worker_frontier FROM fronts"
+            ):
+                fronts[number, worker] = epoch
+    if not executions:
+        return 1
+    last = max(executions)
+    workers, began = executions[last]
+    return min(fronts.get((last, worker), began) for worker in range(workers))
+
+
+@contextmanager
+def _open(part: Path) -> Iterator[sqlite3.Connection]:
+    """Open a part to read it as of now, whoever else has it open."""
+    try:
+        uri = f"{part.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)) as opened:
+            opened.execute("BEGIN")
+            yield opened
+    except sqlite3.Error as error:
+        raise RecoveryError(
+            f"{part} cannot be read as a recovery store ({error}): restore it from a backup, or "
+            f"{_NEW_DIRECTORY}"
+        ) from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def value_of(snapshot: Snapshot) -> Any:
+    """Return the value of a snapshot that was not discarded: int, bytes, str, None, bool, tuple.
+
+    Raises RecoveryError, without executing anything, for a pickle that could do more than hold
+    such values.
+    """
+    assert snapshot.change is not None
+    try:
+        for count, (opcode, _, _) in enumerate(pickletools.genops(snapshot.change)):
+            if opcode.name not in _PLAIN_OPCODES:
+                raise _unsafe(snapshot, f"has the opcode {opcode.name}")
+            if count > _MOST_OPCODES:
+                raise _unsafe(snapshot, f"has more than {_MOST_OPCODES} opcodes")
+        return _PlainUnpickler(io.BytesIO(snapshot.change)).load()
+    except _DAMAGED_PICKLE as error:
+        raise _unsafe(snapshot, f"is damaged ({error})") from None
+
+
+def _unsafe(snapshot: Snapshot, what: str) -> RecoveryError:
+    return RecoveryError(
+        f"{snapshot.part}: the snapshot of step {snapshot.step_id!r}, key {snapshot.key!r} (epoch "
+        f"{snapshot.epoch}) {what}. This flow stores only plain values, so it did not write that; "
+        "loading it could run foreign code. Find out who can write to the directory, and restore "
+        f"a backup; or {_NEW_DIRECTORY}"
+    )
+
+
+# Check
+
+
+class _Step(NamedTuple):
+    """A step with state.
+
+    Attributes:
+        keys: the partitions of an input or output; None: any key.
+        what: what it does with them, for the error.
+        check: raises ValueError unless bytes fit the step.
+    """
+
+    keys: frozenset[str] | None
+    what: str
+    check: Callable[[bytes], object] | None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` has looked at. `epoch`: the one that the flow resumes in."""
+
+    snapshots: int
+    bytes: int
+    epoch: int
+
+
+def check(
+    directory: Path,
+    flow: Dataflow,
+    partitions: Mapping[str, int],
+    *,
+    optional: Collection[str] = (),
+) -> Checked:
+    """Look through a recovery store before the engine loads it.
+
+    Every row is looked at, also old ones that would not be loaded: its pickle holds plain values
+    only; its step is one of `flow`; its key, for inputs and outputs, is a partition that exists.
+    Window snapshots must fit their view. 50 MB take some 0.1 s.
+
+    Args:
+        directory: the store.
+        flow: the graph, laid.
+        partitions: topic → number of partitions, of all topics the flow reads or writes.
+        optional: ids of steps that the flow can be run without, for instance ``fraud.seen.state``;
+            what they have stored stays, and is warned about.
+
+    Raises:
+        RecoveryError: naming part, step and key, and saying what to do.
+    """
+    steps = dict(_stateful(flow, partitions))
+    switched_off: set[str] = set()
+    count = size = 0
+    parts = parts_of(directory)
+    for snapshot in snapshots(parts):
+        count += 1
+        size += len(snapshot.change or b"")
+        value = None if snapshot.change is None else value_of(snapshot)
+        step = steps.get(snapshot.step_id)
+        if step is None:
+            if snapshot.step_id not in optional:
+                raise RecoveryError(_unknown_step(snapshot, steps))
+            switched_off.add(snapshot.step_id)
+        elif step.keys is not None and snapshot.key not in step.keys:
+            raise RecoveryError(_unknown_partition(snapshot, step))
+        elif step.check is not None and value is not None:
+            _check_bytes(snapshot, value, step.check)
+    for step_id in sorted(switched_off):
+        log.warning(
+            "the recovery store has state of a step that is switched off; switched on again, it "
+            "goes on with that old state",
+            step=step_id,
+        )
+    return Checked(count, size, resume_epoch(parts))
+
+
+def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[str, _Step]]:
+    def names(topics: Collection[str]) -> frozenset[str]:
+        return frozenset(part_name(t, p) for t in topics for p in range(partitions[t]))
+
+    def walk(steps: Any, fits: Callable[[bytes], object] | None) -> Iterator[tuple[str, _Step]]:
+        for step in steps:
+            kind = type(step).__name__
+            if kind == "windows":
+                layout = Layout.of(step.view, step.sources, step.shards.count)
+                yield from walk(step.substeps, partial(WindowState.check, layout))
+            elif kind == "distinct":
+                yield from walk(step.substeps, partial(SeenIds.check, shards=step.shards))
+            elif step.substeps:
+                yield from walk(step.substeps, fits)
+            elif kind == "input":
+                read = names([topic.name for topic in step.source.topics])
+                yield step.step_id, _Step(read, "read", None)
+            elif kind == "output":
+                yield step.step_id, _Step(names([step.sink.topic]), "written", None)
+            elif kind == "stateful_batch":
+                yield step.step_id, _Step(None, "", fits)
+
+    return walk(flow.substeps, None)
+
+
+def _unknown_step(snapshot: Snapshot, steps: Collection[str]) -> str:
+    return (
+        f"{snapshot.part} has state of the step {snapshot.step_id!r}, which this flow does not "
+        f"have (it has {', '.join(sorted(steps))}). Under another name the step would start empty: "
+        f"run the version that wrote the store, or {_NEW_DIRECTORY}"
+    )
+
+
+def _unknown_partition(snapshot: Snapshot, step: _Step) -> str:
+    topic = snapshot.key.rpartition("/")[0]
+    topics = sorted({name.rpartition("/")[0] for name in step.keys or ()})
+    found = sum(name.startswith(f"{topic}/") for name in step.keys or ())
+    what = (
+        f"{topic!r} has only {found} partitions now: the topic was recreated with fewer"
+        if found
+        else f"the topic is none of those {step.what} now ({', '.join(topics)})"
+    )
+    return (
+        f"{snapshot.part} has an offset of the partition {snapshot.key!r} in step "
+        f"{snapshot.step_id!r}, but {what}. Restore the topic, or correct its name in the "
+        f"settings; or {_NEW_DIRECTORY}"
+    )
+
+
+def _check_bytes(snapshot: Snapshot, value: Any, check: Callable[[bytes], object]) -> None:
+    where = f"{snapshot.part}, step {snapshot.step_id!r}, key {snapshot.key!r}"
+    if not isinstance(value, bytes):
+        raise RecoveryError(
+            f"{where}: the snapshot is {type(value).__name__}, not bytes. Run the version that "
+            f"wrote it, or {_NEW_DIRECTORY}"
+        )
+    try:
+        check(value)
+    except (ValueError, KeyError, msgspec.MsgspecError) as error:
+        raise RecoveryError(
+            f"{where}: {error}. Run the version (and SHARDS) that wrote it, or {_NEW_DIRECTORY}"
+        ) from None
