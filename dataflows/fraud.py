@@ -14,6 +14,7 @@ from dataflows.kafka.sink import output
 from dataflows.runtime import Runtime
 from dataflows.steps.answered import answered
 from dataflows.steps.decode import decode
+from dataflows.steps.distinct import distinct
 from dataflows.steps.encode import audit, encode
 from dataflows.steps.lookup import lookup
 from dataflows.steps.score import score
@@ -31,19 +32,25 @@ def graph(run: Runtime) -> Dataflow:
     flow = Dataflow("fraud")
     records = op.input("records", flow, run.source)
     events = decode("decode", records, run.decoder, run.topics)
-    card = windows("card", events.accepted, CARD, SOURCES, run.shards)
+    fresh = events.accepted
+    if run.dedupe is not None:
+        fresh = distinct(
+            "distinct", fresh, CARD.key, SOURCES, run.topics, run.dedupe, run.shards.count
+        )
+    card = windows("card", fresh, CARD, SOURCES, run.shards)
     terminal = windows("terminal", card, TERMINAL, SOURCES, run.shards)
     asking = answered("answered", terminal, FRAUD, SOURCES, run.topics)
     profiled = lookup("profiles", asking, run.store, PROFILES)
     scored = score("score", profiled, FRAUD, run.scorer, run.thresholds, run.reasons)
     predictions = encode("encode", scored, FRAUD, run.scorer.version)
     audited = audit("sample", scored, FRAUD, run.scorer.version, run.topics, run.audit_share)
-    output("predictions", predictions, run.predictions)
-    output("dead_letters", events.refused, run.dead_letters)
-    output("audit", audited, run.audit)
+    too_large = output("predictions", predictions, run.predictions)
+    unaudited = output("audit", audited, run.audit)
+    refused = op.merge("refused", events.refused, too_large, unaudited)
+    output("dead_letters", refused, run.dead_letters)
     return flow
 
 
 def flow() -> Dataflow:
     """Open what the environment names and return the flow; ``bytewax.run`` calls this."""
-    return graph(Runtime.start())
+    return Runtime.start(graph)

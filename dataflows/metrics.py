@@ -7,6 +7,7 @@ The account must balance for each topic that is scored:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,21 @@ class Metrics:
             "late_events", "Events behind the newest of their shard, by view and whether they were "
             "within the allowed lateness", ["view", "within"], registry=self.registry,
         )  # fmt: skip
+        self.written = Counter(
+            "records_written", "Records on the brokers for good, by output topic", ["topic"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.suppressed = Counter(
+            "records_suppressed",
+            "Records not written again after a crash, being published already, by output topic",
+            ["topic"],
+            registry=self.registry,
+        )
+        self.dedupe_forgotten = Counter(
+            "dedupe_forgotten",
+            "Business ids forgotten before the dedupe horizon was over, for DEDUPE_MAX_IDS",
+            registry=self.registry,
+        )
         self.before_state = Counter(
             "events_before_state",
             "Answered events from before the end of the window state that the flow began with",
@@ -113,6 +129,12 @@ class Metrics:
         self.lag = Gauge("lag_records", "Records behind the end of their partitions, all topics",
             registry=self.registry,
         )  # fmt: skip
+        self._skipped = Counter(
+            "events_skipped",
+            "Records that retention deleted before they were read, passed over at a resume",
+            ["topic", "partition"],
+            registry=self.registry,
+        )
         self.latency = LatencyHistogram(
             "end_to_end_latency_seconds",
             "Broker append of the event to delivery report of its prediction",
@@ -123,6 +145,22 @@ class Metrics:
         """Add to the account of a topic."""
         if n:
             self.events.labels(topic, outcome).inc(n)
+
+    def set_skipped(self, skipped: Mapping[tuple[str, int], int]) -> None:
+        """Tell how many records retention took, in this life, by (topic, partition)."""
+        so_far = self.skipped()
+        for (topic, partition), n in skipped.items():
+            more = n - so_far.get(f"{topic}/{partition}", 0)
+            self._skipped.labels(topic, str(partition)).inc(more)
+
+    def skipped(self) -> dict[str, int]:
+        """Return "topic/partition" → records that retention took before they were read."""
+        return {
+            f"{sample.labels['topic']}/{sample.labels['partition']}": int(sample.value)
+            for metric in self._skipped.collect()
+            for sample in metric.samples
+            if sample.name == "events_skipped_total"
+        }
 
     def account(self) -> dict[str, dict[str, int]]:
         """Return topic → outcome → events so far."""

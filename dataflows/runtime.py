@@ -6,15 +6,17 @@ import atexit
 import logging
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import structlog
+from bytewax.dataflow import Dataflow
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from dataflows.kafka.dead_letter import DeadLetterSettings
-from dataflows.kafka.sink import Delivery, KafkaSink, poll_producers
+from dataflows import recovery
+from dataflows.kafka.producers import Delivery
+from dataflows.kafka.sink import KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
     SourceStats,
@@ -24,6 +26,7 @@ from dataflows.kafka.source import (
 from dataflows.kafka.topics import StartupError, partition_counts
 from dataflows.metrics import METRICS
 from dataflows.settings import Settings, SettingsError, load
+from dataflows.steps.distinct import Dedupe
 from dataflows.steps.windows import Shards
 from features.events import Event, EventDecoder
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
@@ -38,12 +41,16 @@ log = structlog.get_logger()
 #: What an operator can mend; the message says how.
 _REMEDIABLE = (
     PackageError,
+    recovery.RecoveryError,
     SettingsError,
     StartupError,
     StateError,
     StoreNotReady,
     StoreUnavailable,
 )
+
+#: Steps with state that can be switched off by a setting.
+OPTIONAL_STEPS = ("fraud.distinct.state",)
 
 
 @dataclass(frozen=True)
@@ -63,21 +70,39 @@ class Runtime:
     dead_letters: KafkaSink
     audit: KafkaSink
     audit_share: float
+    #: None: events that come twice count twice.
+    dedupe: Dedupe | None = None
+    #: Topic → number of partitions.
+    partitions: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def start() -> Runtime:
-        """Open everything; on a problem that the operator must solve, say so and exit with 2.
+    def start(graph: Callable[[Runtime], Dataflow]) -> Dataflow:
+        """Open everything, lay the graph, and look through the recovery store before it is loaded.
 
-        Also takes over SIGTERM and SIGINT, to drain, and reports the account at exit.
+        On a problem that the operator must solve, say so and exit with 2. Also takes over SIGTERM
+        and SIGINT, to drain, and reports the account at exit.
         """
         try:
             settings = load()
             configure_logging(settings)
-            runtime = Runtime.of(settings)
+            store = recovery.open_store("fraud", settings.delivery)
+            runtime = Runtime.of(settings, store)
+            flow = graph(runtime)
+            if store is not None:
+                found = recovery.check(
+                    store.directory, flow, runtime.partitions, optional=OPTIONAL_STEPS
+                )
+                log.info(
+                    "recovery store checked",
+                    directory=str(store.directory),
+                    snapshots=found.snapshots,
+                    bytes=found.bytes,
+                    resume_epoch=found.epoch,
+                )
         except _REMEDIABLE as error:
             print(f"dataflows.fraud cannot start:\n{error}", file=sys.stderr)
             raise SystemExit(2) from None
-        install_drain_handlers()
+        install_drain_handlers(report)
         if settings.metrics_port:
             METRICS.serve(settings.metrics_host, settings.metrics_port)
         atexit.register(report)
@@ -89,16 +114,16 @@ class Runtime:
             chunk=runtime.scorer.chunk,
             brokers=settings.kafka_bootstrap_servers,
         )
-        return runtime
+        return flow
 
     @staticmethod
-    def of(settings: Settings) -> Runtime:
+    def of(settings: Settings, recovery_store: recovery.Store | None = None) -> Runtime:
         """Open everything the settings name.
 
         Raises SettingsError, StateError, PackageError, StoreNotReady, StoreUnavailable or
         StartupError, each with a remedy.
         """
-        _check_kafka(settings)
+        partitions = _check_kafka(settings)
         topic_of: dict[type[Event], str] = {
             Transaction: settings.transactions_topic,
             FraudReport: settings.fraud_reports_topic,
@@ -115,14 +140,31 @@ class Runtime:
             cache_rows=settings.feast_cache_rows,
         )
         skew_ms = round(settings.max_clock_skew_s * 1000)
-        producer = settings.producer()
-        too_large = DeadLetterSettings(settings.dead_letters_topic)
-        timeout_s = settings.startup_timeout_s
 
-        def delivered(delivery: Delivery) -> None:
-            METRICS.count(settings.transactions_topic, "scored", delivery.delivered)
-            METRICS.count(settings.transactions_topic, "dead_lettered", delivery.rejected)
+        def sink(topic: str, observe: Callable[[Delivery], None]) -> KafkaSink:
+            return KafkaSink(
+                topic,
+                settings.producer(),
+                delivery=settings.delivery,
+                consumer_config=settings.consumer(),
+                owner=settings.group_id,
+                transaction_s=settings.transaction_s,
+                past_retention=settings.resume_past_retention,
+                tail_max_records=settings.tail_max_records,
+                observe=observe,
+                startup_timeout_s=settings.startup_timeout_s,
+            )
+
+        def predicted(delivery: Delivery) -> None:
+            answered = delivery.delivered + delivery.suppressed
+            METRICS.count(settings.transactions_topic, "scored", answered)
+            METRICS.count(settings.transactions_topic, "dead_lettered", delivery.too_large)
             METRICS.latency.observe_ms(delivery.latency_ms)
+            written(delivery)
+
+        def written(delivery: Delivery) -> None:
+            METRICS.written.labels(delivery.topic).inc(delivery.delivered)
+            METRICS.suppressed.labels(delivery.topic).inc(delivery.suppressed)
 
         return Runtime(
             source=KafkaSource(
@@ -131,13 +173,15 @@ class Runtime:
                 group_id=settings.group_id,
                 batch_size=settings.batch_size,
                 start=settings.start_at,
+                keep_offsets=settings.delivery != "at_most_once",
                 max_clock_skew_ms=skew_ms,
                 max_hold_s=settings.max_hold_s,
                 buffer_records=settings.max_buffered,
                 resume_past_retention=settings.resume_past_retention,
-                between_batches=poll_producers,
+                peers=None if recovery_store is None else recovery_store.peers(),
+                between_batches=poll_sinks,
                 observe=_observe_source,
-                startup_timeout_s=timeout_s,
+                startup_timeout_s=settings.startup_timeout_s,
             ),
             topics=topics,
             decoder=EventDecoder(
@@ -148,25 +192,20 @@ class Runtime:
             scorer=scorer,
             thresholds=_thresholds(settings, scorer.manifest.thresholds),
             reasons=settings.reasons,
-            predictions=KafkaSink(
-                settings.predictions_topic,
-                producer,
-                dead_letters=too_large,
-                observe=delivered,
-                startup_timeout_s=timeout_s,
-            ),
-            dead_letters=KafkaSink(
-                settings.dead_letters_topic, producer, startup_timeout_s=timeout_s
-            ),
-            audit=KafkaSink(
-                settings.audit_topic, producer, dead_letters=too_large, startup_timeout_s=timeout_s
-            ),
+            predictions=sink(settings.predictions_topic, predicted),
+            dead_letters=sink(settings.dead_letters_topic, written),
+            audit=sink(settings.audit_topic, written),
             audit_share=settings.audit_share,
+            partitions=partitions,
+            dedupe=_dedupe(settings),
         )
 
 
-def _check_kafka(settings: Settings) -> None:
-    """Try the client settings, and look all topics up, before anything slow is loaded."""
+def _check_kafka(settings: Settings) -> dict[str, int]:
+    """Try the client settings, and look all topics up, before anything slow is loaded.
+
+    Returns the number of partitions of each topic.
+    """
     clients = (
         ("KAFKA_CONSUMER_OPTIONS", Consumer, {**settings.consumer(), "group.id": "startup"}),
         ("KAFKA_PRODUCER_OPTIONS", Producer, settings.producer()),
@@ -188,7 +227,13 @@ def _check_kafka(settings: Settings) -> None:
         settings.dead_letters_topic,
         settings.audit_topic,
     ]
-    partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
+    return partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
+
+
+def _dedupe(settings: Settings) -> Dedupe | None:
+    if not settings.dedupe:
+        return None
+    return Dedupe(round(settings.dedupe_horizon_s * 1000), settings.dedupe_max_ids)
 
 
 def _thresholds(settings: Settings, shipped: Thresholds) -> Thresholds:
@@ -206,6 +251,7 @@ def _thresholds(settings: Settings, shipped: Thresholds) -> Thresholds:
 
 def _observe_source(stats: SourceStats) -> None:
     METRICS.lag.set(sum(stats.lag.values()))
+    METRICS.set_skipped(stats.skipped)
 
 
 def report() -> None:
@@ -213,6 +259,7 @@ def report() -> None:
     log.info(
         "stopped",
         account=METRICS.account(),
+        skipped=METRICS.skipped(),
         latency_ms=METRICS.latency.percentile_ms(50, 95, 99, 99.9),
     )
 

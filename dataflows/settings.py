@@ -15,6 +15,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features.windows import SHARDS
 
+#: 30 s less than what brokers allow a transaction by default (transaction.max.timeout.ms).
+_MOST_TIMEOUT_S = 870
+
 
 class SettingsError(ValueError):
     """The configuration is missing something or contradicts itself; each line says what."""
@@ -44,7 +47,9 @@ class Settings(BaseSettings):
         "fraud-scoring", description="Consumer group that offsets are committed to, for lag tools"
     )
     start_at: Literal["earliest", "latest"] = Field(
-        "earliest", description="Where a partition without a snapshot is read from"
+        "earliest",
+        description="Where a partition without a snapshot is read from; `latest` means the end, "
+        "or where GROUP_ID stopped",
     )
     resume_past_retention: bool = Field(
         False,
@@ -58,8 +63,17 @@ class Settings(BaseSettings):
     audit_share: float = Field(
         0.01, ge=0, le=1, description="Share of cards whose feature vectors go to the audit topic"
     )
-    delivery: Literal["at_least_once"] = Field(
-        "at_least_once", description="Guarantee for what is written"
+    delivery: Literal["at_least_once", "exactly_once", "at_most_once"] = Field(
+        "at_least_once", description="Guarantee for what is written; see docs/delivery.md"
+    )
+    transaction_s: float = Field(
+        0.1, ge=0.01, le=60, description="How long a transaction stays open, exactly_once (s)"
+    )
+    tail_max_records: int = Field(
+        5_000_000,
+        ge=0,
+        le=1_000_000_000,
+        description="Most published records compared at start, exactly_once (150 bytes each)",
     )
     message_timeout_s: float = Field(
         60, gt=1, le=3600, description="How long an outage of the brokers is waited out (s)"
@@ -81,6 +95,18 @@ class Settings(BaseSettings):
     )
     state_dir: Path | None = Field(
         None, description="Window state (features.offline --state) to start from without a snapshot"
+    )
+    dedupe: bool = Field(
+        False, description="Drop events whose business id came before, within the horizon"
+    )
+    dedupe_horizon_s: float = Field(
+        600, ge=1, le=604_800, description="How far apart duplicates are, by the brokers' time (s)"
+    )
+    dedupe_max_ids: int = Field(
+        1_000_000,
+        ge=1000,
+        le=1_000_000_000,
+        description="Most ids remembered, oldest forgotten first (24 bytes each per snapshot)",
     )
     max_clock_skew_s: float = Field(
         300, ge=0, le=86_400, description="How far event times may be ahead of the broker's (s)"
@@ -121,6 +147,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"REVIEW_THRESHOLD ({review}) is above BLOCK_THRESHOLD ({block}): everything sent "
                 "to review would be blocked; lower the first or raise the second"
+            )
+        if self.delivery == "exactly_once" and self.message_timeout_s > _MOST_TIMEOUT_S:
+            raise ValueError(
+                f"MESSAGE_TIMEOUT_S ({self.message_timeout_s:g}) is too long for exactly_once: a "
+                f"transaction lasts 15 minutes at most; accepted: (1, {_MOST_TIMEOUT_S}]"
             )
         topics: dict[str, str] = {}
         for name in ("transactions", "fraud_reports", "predictions", "dead_letters", "audit"):

@@ -21,14 +21,13 @@ headers, plus headers that say why and where from:
 What of a record's own headers begins with ``dlq.`` is not kept, except ``dlq.replayed``.
 
 Key, own headers and value share one budget, so that the dead-letter topic takes every dead letter.
-If it still does not, its limit being lower, the sink writes a `stub`: the reasons and no more.
+If its limit is lower still, the sink writes a `stub`: the reasons and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from confluent_kafka import Message
@@ -54,14 +53,6 @@ MAX_VALUE_BYTES = 900_000
 _MAX_DETAIL_BYTES = 1_000
 _HEADER_OVERHEAD_BYTES = 10  # at most: the lengths of a header's name and content on the wire
 _SENT_BY_SINK = frozenset({"event_id", "origin"})
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterSettings:
-    """Say where dead letters go and how many bytes of a record they may hold, see `fit`."""
-
-    topic: str
-    max_value_bytes: int = MAX_VALUE_BYTES
 
 
 def reason_headers(

@@ -30,20 +30,24 @@ Epoch *N* + 1 starts when *N* is durable (1), so at the leader's first call in i
 are committed to the consumer group, for lag tools to see; recovery never reads them. For the same
 reason a *drain* is: emit nothing more, wait for the next snapshot, and at the first call after it
 stop the worker with `AbortExecution`. Ending the input instead (``StopIteration``) would make
-downstream steps believe that no more data will ever come.
+downstream steps believe that no more data will ever come. The workers of a cluster have to do it
+in the same epoch: see `dataflows.kafka.peers`.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import itemgetter
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import msgspec
@@ -53,6 +57,7 @@ from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourc
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from dataflows.kafka.interleave import NO_TIME, Interleaver
+from dataflows.kafka.peers import Peers
 from dataflows.kafka.phase import PhaseKeeper
 from dataflows.kafka.records import Int64s, Records
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, StartupError, part_name, partition_counts
@@ -83,7 +88,12 @@ _LAST_COMMIT_S = 2.0
 
 _NOT_DECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)
 
+_LINGER_S = 5.0
+
 _drain = threading.Event()
+_leave = threading.Event()
+_drained = threading.Event()
+_end_process: Callable[[], None] | None = None
 
 
 def request_drain() -> None:
@@ -96,21 +106,78 @@ def drain_requested() -> bool:
     return _drain.is_set()
 
 
-def install_drain_handlers() -> None:
+def install_drain_handlers(report: Callable[[], object] | None = None) -> None:
     """Drain on SIGTERM and SIGINT, instead of dying without a snapshot. Main thread only.
 
     A repeated signal changes nothing: Ctrl-C in a terminal and a supervisor often send two. The
-    drain takes up to one epoch, plus the time that deliveries need.
+    drain takes up to one epoch, plus the time that deliveries need. A process that is still there
+    5 s after it has drained (Bytewax waits for the other processes' connections) is ended with
+    exit code 0; `report` is called then, since ``atexit`` is not, and before an error is told.
     """
+    global _end_process
 
     def drain(signal_number: int, frame: FrameType | None) -> None:
         del frame
+        if _leave.is_set():
+            raise SystemExit(0)
         if not _drain.is_set():
             logger.info("draining after %s", signal.Signals(signal_number).name)
         _drain.set()
 
+    def end() -> None:
+        if report is not None:
+            report()
+        logging.shutdown()
+        os._exit(0)
+
+    def failed(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        # Timely's threads panic when a connection closes; errors of the flow itself are no panics.
+        if _drained.is_set() and kind.__name__ == "PanicException":
+            logger.info("another process of the cluster ended first; this one has drained")
+            end()
+        sys.__excepthook__(kind, error, trace)
+        if report is not None:  # before the reason, which is to be the last line
+            atexit.unregister(report)
+            report()
+        while error.__cause__ is not None:  # below Bytewax's own
+            error = error.__cause__
+        logger.error("stopped by %s: %s", type(error).__name__, error)
+
+    sys.excepthook = failed
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)
+    # A signal while the interpreter shuts down, after its handlers, would change the exit code.
+    atexit.register(_ignore_signals_if_drained)
+    _end_process = end
+
+
+def _ignore_signals_if_drained() -> None:
+    if _drain.is_set():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_soon() -> None:
+    """See to it that the process ends, if it is one that drains on signals."""
+    if _end_process is not None:
+        threading.Thread(target=_end_if_still_here, name="end", daemon=True).start()
+
+
+def _end_if_still_here() -> None:
+    time.sleep(_LINGER_S)
+    logger.warning("drained %g s ago and still here: ending now", _LINGER_S)
+    if _end_process is not None:
+        _end_process()
+
+
+def _leave_the_cluster() -> None:
+    """End a process whose worker the engine never calls."""
+    logger.info("all that read have drained; this process has no partitions, and ends")
+    _leave.set()
+    _end_soon()
+    os.kill(os.getpid(), signal.SIGTERM)  # Python's handler runs in the main thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +198,8 @@ class SourceStats:
         lag: records in the topics and not yet emitted, by (topic, partition); as of the last fetch.
         held_s: seconds spent waiting for a partition behind while others had rows.
         hold_timeouts: times such a partition was silent for too long, and was not waited for.
-        skipped: records lost to retention and passed over, if that was allowed.
+        skipped: records lost to retention and passed over, if that was allowed, by (topic,
+            partition).
         outage_since: monotonic seconds since no broker can be reached; None: all is well.
     """
 
@@ -140,7 +208,7 @@ class SourceStats:
     lag: dict[tuple[str, int], int] = field(default_factory=dict)
     held_s: float = 0.0
     hold_timeouts: int = 0
-    skipped: int = 0
+    skipped: dict[tuple[str, int], int] = field(default_factory=dict)
     outage_since: float | None = None
 
 
@@ -158,7 +226,10 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
             `CONSUMER_DEFAULTS`. Offsets, isolation and end-of-partition settings are fixed.
         group_id: consumer group that the offsets of each durable snapshot are committed to.
         batch_size: most records per batch, or a function that says so before each batch.
-        start: where a partition without a snapshot starts: the first record, or the end.
+        start: where a partition without a snapshot starts: at its first record, or at the end
+            (``latest``; an earlier life that left no snapshot has told the group where that was).
+        keep_offsets: False: every life starts at the end of the topics, whatever was read before:
+            at most once.
         max_clock_skew_ms: a stream time further ahead of the broker's timestamp than this is not
             believed for ordering (one record from the year 3000 would hold up its partition);
             the record takes the stream time of the one before it.
@@ -172,8 +243,10 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
             and tests, in one process.
         epoch_interval_s: Bytewax's epoch interval, for phase keeping; None: estimated.
         phase_keeping: keep in phase with the other workers of a cluster (`dataflows.kafka.phase`).
+        peers: the other processes of a cluster, to drain with them. None: each drains alone, and
+            ends the others; nothing is lost, but who was not told within an epoch repeats one.
         between_batches: called on the worker thread at each turn, about every millisecond when
-            idle; give it `dataflows.kafka.sink.poll_producers`.
+            idle; give it `dataflows.kafka.sink.poll_sinks`.
         observe: called with the `stats` on the worker thread, at most every 0.25 s.
         startup_timeout_s: bound of all look-ups at the start.
 
@@ -191,6 +264,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         group_id: str,
         batch_size: int | Callable[[], int] = 1024,
         start: Literal["earliest", "latest"] = "earliest",
+        keep_offsets: bool = True,
         max_clock_skew_ms: int = 300_000,
         max_hold_s: float = 5.0,
         buffer_records: int = 20_000,
@@ -198,6 +272,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         stop_at_end: bool = False,
         epoch_interval_s: float | None = None,
         phase_keeping: bool = True,
+        peers: Peers | None = None,
         between_batches: Callable[[], None] | None = None,
         observe: Callable[[SourceStats], None] | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
@@ -211,6 +286,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         self.config = {**CONSUMER_DEFAULTS, **config, **_GUARANTEES, "group.id": group_id}
         self.batch_size = batch_size if callable(batch_size) else lambda: batch_size
         self.start = start
+        self.keep_offsets = keep_offsets
         self.max_clock_skew_ms = max_clock_skew_ms
         self.max_hold_s = max_hold_s
         self.buffer_records = buffer_records
@@ -218,10 +294,12 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         self.stop_at_end = stop_at_end
         self.epoch_interval_s = epoch_interval_s
         self.phase_keeping = phase_keeping
+        self.peers = peers
         self.between_batches = between_batches
         self.observe = observe
         self.startup_timeout_s = startup_timeout_s
         self._readers: dict[int, _Reader] = {}
+        self._watches = False
 
     def __repr__(self) -> str:
         # Bytewax writes step reprs to files and to its API: no configuration, it holds secrets.
@@ -234,6 +312,17 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         if stale is not None:
             stale.close()
         reader = self._readers[thread] = _Reader(self)
+        if self.peers is not None and not self._watches:
+            self._watches = True
+            if self.peers.shared():
+                self.peers.watch(request_drain, drain_requested, _leave_the_cluster)
+            else:
+                self.peers = None
+                logger.warning(
+                    "the processes of this cluster share no recovery directory: to drain them, "
+                    "signal all within one epoch; one that is not ends with an error, and repeats "
+                    "its last epoch when it is started again"
+                )
         return reader.discover()
 
     def build_part(self, step_id: str, for_part: str, resume_state: int | None) -> _Part:
@@ -364,7 +453,7 @@ class _Reader:
         for index, lane in enumerate(self._order):
             self._table[lane.source, lane.partition] = index
         deadline = time.monotonic() + self._source.startup_timeout_s
-        offsets = [self._start_offset(lane, deadline) for lane in self._order]
+        offsets = self._start_offsets(deadline)
         self._merge = Interleaver([(lane.source, lane.partition) for lane in self._order], offsets)
         per_lane = max(1000, _BUFFER_ALL_PARTITIONS // len(self._order))
         self._most_buffered = min(self._source.buffer_records, per_lane)
@@ -379,18 +468,69 @@ class _Reader:
             # A drain ends a sleep.
             self._phase = PhaseKeeper(self._source.epoch_interval_s, sleep=_drain.wait)
         self._last_turn = time.monotonic()
+        self._observe()  # what was skipped, at least
+        if self._source.peers is not None:
+            self._source.peers.reads(self._leader.name)
         logger.info("reading %s", dict(zip(self._index, offsets, strict=True)))
 
-    def _start_offset(self, lane: _Lane, deadline: float) -> int:
-        low, high = self._watermarks(lane, deadline)
-        offset = lane.resume_offset
+    def _start_offsets(self, deadline: float) -> list[int]:
+        source = self._source
+        watermarks = [self._watermarks(lane, deadline) for lane in self._order]
+        if not source.keep_offsets:
+            return [high for _, high in watermarks]
+        told: dict[str, int] = {}
+        if source.start == "latest" and any(lane.resume_offset is None for lane in self._order):
+            told = self._tell_or_ask_the_group(watermarks, deadline)
+        return [
+            self._start_offset(lane, told.get(lane.name), low, high)
+            for lane, (low, high) in zip(self._order, watermarks, strict=True)
+        ]
+
+    def _tell_or_ask_the_group(
+        self, watermarks: list[tuple[int, int]], deadline: float
+    ) -> dict[str, int]:
+        """Return where lanes without a snapshot begin, so that a crash before the first moves none.
+
+        The end that the first life found is committed to the group, later lives ask for it.
+        """
+        new = [lane for lane in self._order if lane.resume_offset is None]
+        ends = {lane.name: high for lane, (_, high) in zip(self._order, watermarks, strict=True)}
+        try:
+            asked = [TopicPartition(lane.topic, lane.partition) for lane in new]
+            known = self._consumer.committed(asked, timeout=max(0.1, deadline - time.monotonic()))
+            offsets = [
+                TopicPartition(
+                    lane.topic,
+                    lane.partition,
+                    found.offset if found.offset >= 0 else ends[lane.name],
+                )
+                for lane, found in zip(new, known, strict=True)
+            ]
+            self._consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            raise StartupError(
+                f"the group {self._source.config['group.id']!r} could not be asked, or told, where "
+                f"to begin ({error.args[0].str()}): see to the brokers' group coordinator, or set "
+                "START_AT=earliest"
+            ) from error
+        return {lane.name: at.offset for lane, at in zip(new, offsets, strict=True)}
+
+    def _start_offset(self, lane: _Lane, told: int | None, low: int, high: int) -> int:
+        offset = told if lane.resume_offset is None else lane.resume_offset
         if offset is None:
-            return low if self._source.start == "earliest" else high
+            return low
         if low <= offset <= high:
             return offset
         if offset < low and self._source.resume_past_retention:
-            self._source.stats.skipped += low - offset
-            logger.error("%s: %d records after offset %d are gone", lane.name, low - offset, offset)
+            self._source.stats.skipped[lane.topic, lane.partition] = low - offset
+            logger.error(
+                "%s: %d records from offset %d on were deleted by the topic's retention before "
+                "they were read; going on with offset %d, as RESUME_PAST_RETENTION allows",
+                lane.name,
+                low - offset,
+                offset,
+                low,
+            )
             return low
         raise StartupError(_out_of_range(lane, offset, low, high))
 
@@ -429,12 +569,14 @@ class _Reader:
         if source.between_batches is not None:
             source.between_batches()
         if leader.snapshots > self._epochs_seen:
-            self._epoch_is_durable(leader.snapshots)
+            self._epoch_is_durable(leader.name, leader.snapshots)
         self._at_once = False
         if self._part_ahead:
             return []
         if _drain.is_set() and self._drain_after is None:
             self._drain_after = leader.snapshots
+            if source.peers is not None:
+                source.peers.drains(leader.name, leader.snapshots)
         if self._drain_after is not None:
             return []
         if time.monotonic() >= self._next_observation:
@@ -466,7 +608,7 @@ class _Reader:
         self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
         return int(self._merge.emitted[self._index[part.name]])
 
-    def _epoch_is_durable(self, epoch: int) -> None:
+    def _epoch_is_durable(self, leader: str, epoch: int) -> None:
         behind = [lane.name for lane in self._order if lane.snapshots < epoch]
         if behind:
             raise SourceError(
@@ -475,10 +617,27 @@ class _Reader:
             )
         self._epochs_seen = epoch
         self._commit()
-        if self._drain_after is not None and epoch > self._drain_after:
-            self._await_commit()
-            logger.info("drained")
-            raise AbortExecution
+        if self._drain_after is None or epoch <= self._drain_after:
+            return
+        if _drain.is_set():
+            _drained.set()
+        peers, alone = self._source.peers, len(self._lanes) == self._listed
+        if peers is not None:
+            last = peers.last_epoch()
+            if last is None or epoch <= last:
+                return
+            peers.stops(leader)
+        elif not alone and epoch <= self._drain_after + 1:
+            return  # others may have been told an epoch later
+        self._await_commit()
+        logger.info("drained")
+        if peers is None and not alone and _drain.is_set() and _end_process is not None:
+            # Who has not drained by now waits for this worker. Without a farewell, as
+            # `AbortExecution` would send, it sees the connection close, and ends too.
+            _end_process()
+        if _drain.is_set():
+            _end_soon()
+        raise AbortExecution
 
     def _read(self, limit: int) -> Records | None:
         now = time.monotonic()
@@ -671,6 +830,8 @@ class _Reader:
             logger.warning("a broker answers again after %.1f s", time.monotonic() - since)
 
     def _commit(self) -> None:
+        if not self._source.keep_offsets:
+            return
         offsets = [
             TopicPartition(lane.topic, lane.partition, int(offset))
             for lane, offset in zip(self._order, self._merge.emitted, strict=True)

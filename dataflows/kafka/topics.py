@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 STARTUP_TIMEOUT_S = 30.0
 """Default bound of every look-up at start-up, in seconds."""
+
+
+_TELL_AFTER_S = 2.0
+_CLIENT_MOST_RECORD_BYTES = 1_000_000  # librdkafka's default of message.max.bytes
+_logger = logging.getLogger(__name__)
 
 
 class StartupError(RuntimeError):
@@ -48,12 +55,12 @@ def partition_counts(
         StartupError: No broker answered in time, or a topic does not exist.
     """
     servers = config.get("bootstrap.servers", "")
-    deadline = time.monotonic() + timeout_s
+    deadline, told = time.monotonic() + timeout_s, False
     while True:
         remaining = max(0.1, deadline - time.monotonic())
         try:
             # All topics, not one: asking for one by name may create it.
-            known = client.list_topics(timeout=remaining).topics
+            known = client.list_topics(timeout=min(remaining, _TELL_AFTER_S)).topics
             break
         except KafkaException as error:
             if time.monotonic() >= deadline:
@@ -62,6 +69,11 @@ def partition_counts(
                     f"({error.args[0].str()}): start the broker, or set "
                     "KAFKA_BOOTSTRAP_SERVERS=host:port to one that runs"
                 ) from error
+            if not told:
+                told = True
+                _logger.warning(
+                    "no Kafka broker answers at %r; waiting up to %g s", servers, timeout_s
+                )
             time.sleep(0.2)
     counts = {}
     for topic in topics:
@@ -74,3 +86,24 @@ def partition_counts(
             )
         counts[topic] = len(found.partitions)
     return counts
+
+
+def most_record_bytes(
+    admin: AdminClient, config: Mapping[str, Any], topic: str, *, timeout_s: float = 10.0
+) -> int:
+    """Return how many bytes a record of a topic may have: what client and topic both take.
+
+    A broker that does not tell the topic's limit (an ACL on DescribeConfigs is missing, or it is
+    the embedded one) leaves the client's ``message.max.bytes``.
+    """
+    client = int(config.get("message.max.bytes", _CLIENT_MOST_RECORD_BYTES))
+    resource = ConfigResource(ResourceType.TOPIC, topic)
+    try:
+        if admin.list_topics(topic, timeout=timeout_s).cluster_id.startswith("mockCluster"):
+            return client  # librdkafka's mock never answers the question
+        asked = admin.describe_configs([resource], request_timeout=timeout_s)
+        limit = asked[resource].result(timeout_s)["max.message.bytes"].value
+    except (KafkaException, KeyError, TimeoutError) as error:
+        _logger.debug("the limit of record sizes of %s is unknown: %s", topic, error)
+        return client
+    return min(client, int(limit))

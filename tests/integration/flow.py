@@ -1,8 +1,8 @@
 """The real fraud flow as a user runs it: a process, a broker, a model package, a Feast repository.
 
-Fixtures (import them, and `broker` from `tests.integration.conftest` where that is not in force):
-`tiny_model`, `tiny_feast`, and `flow_env`, which makes topics of the test's own and runs flows
-on them. What takes seconds to build is kept in `.cache`, by content.
+Fixtures (import them): `tiny_model`, `tiny_feast`, and `flow_env`, which makes topics of the test's
+own and runs flows on them; `environment` does so on any broker. What takes seconds to build is kept
+in `.cache`, by content.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from dataflows.settings import Settings
 from features import online_store, profiles
 from features.fraud import FRAUD
 from tests.conftest import CACHE
-from tests.integration.conftest import TestBroker, await_that
+from tests.kafka.client import TestBroker, await_that
 
 ROOT = Path(__file__).parents[2]
 #: Partitions of each topic, by its name in the settings.
@@ -45,6 +46,9 @@ PARTITIONS = {
     "dead_letters": 1,
     "audit": 1,
 }
+#: The largest record that a topic takes, bytes, where that is not Kafka's own limit of 1 MiB: a
+#: producer can be given more room than the flow's own topics have.
+MAX_MESSAGE_BYTES = {"transactions": 20_000_000, "fraud_reports": 20_000_000}
 #: The midnight that `tiny_feast` is filled as of, and the entities it knows.
 MIDNIGHT = profiles.parse_day("2018-08-08")
 CARDS = tuple(f"C{n:04d}" for n in range(50))
@@ -210,7 +214,6 @@ class Sent:
 def send(broker: TestBroker, records: Iterable[Sent], **config: Any) -> None:
     """Produce records in order, and wait until the broker has them all."""
     failures: list[Any] = []
-    # The mock broker keeps records as they come, so 10 MB fit; it returns one batch per fetch.
     producer = Producer(
         {**broker.config, "linger.ms": 5, "message.max.bytes": 20_000_000, **config}
     )
@@ -394,22 +397,35 @@ class FlowEnv:
         return found
 
 
-@pytest.fixture
-def flow_env(
-    broker: TestBroker, tiny_model: Path, tiny_feast: Path, tmp_path: Path
-) -> Iterator[FlowEnv]:
-    """Return an environment with fresh topics (see `PARTITIONS`); its flows end with the test."""
-    topics = {name: broker.topic(name, count) for name, count in PARTITIONS.items()}
+@contextmanager
+def environment(broker: TestBroker, model: Path, feast: Path, directory: Path) -> Iterator[FlowEnv]:
+    """Make fresh topics on a broker (see `PARTITIONS`); the flows end with the block."""
+    topics = {}
+    for name, count in PARTITIONS.items():
+        limit = MAX_MESSAGE_BYTES.get(name)
+        config = {"max.message.bytes": str(limit)} if limit else {}
+        topics[name] = broker.topic(name, count, config=config)
     consumer = {k: v for k, v in broker.consumer_config.items() if k not in broker.config}
     variables = {
         "KAFKA_BOOTSTRAP_SERVERS": broker.config["bootstrap.servers"],
         "KAFKA_CONSUMER_OPTIONS": json.dumps(consumer),
         "GROUP_ID": f"group_{topics['transactions']}",
-        "MODEL_DIR": str(tiny_model),
-        "FEAST_REPO": str(tiny_feast),
+        "MODEL_DIR": str(model),
+        "FEAST_REPO": str(feast),
         **{f"{name.upper()}_TOPIC": topic for name, topic in topics.items()},
     }
-    env = FlowEnv(broker, topics, variables, tmp_path)
-    yield env
-    for flow in env.flows:
-        flow.kill()
+    env = FlowEnv(broker, topics, variables, directory)
+    try:
+        yield env
+    finally:
+        for flow in env.flows:
+            flow.kill()
+
+
+@pytest.fixture
+def flow_env(
+    broker: TestBroker, tiny_model: Path, tiny_feast: Path, tmp_path: Path
+) -> Iterator[FlowEnv]:
+    """Return an `environment` on the broker that tests share."""
+    with environment(broker, tiny_model, tiny_feast, tmp_path) as env:
+        yield env

@@ -12,11 +12,11 @@ import sys
 from collections import Counter
 from typing import Any
 
+from bytewax.recovery import init_db_dir
 from confluent_kafka import Message
 
 from dataflows.metrics import OUTCOMES
 from tests.bad_input import ACCEPTED, APPENDED, REFUSED, Case, transaction, wire
-from tests.integration.conftest import await_that
 from tests.integration.flow import (
     PARTITIONS,
     ROOT,
@@ -28,6 +28,7 @@ from tests.integration.flow import (
     tiny_feast,  # noqa: F401
     tiny_model,  # noqa: F401
 )
+from tests.kafka.client import await_that
 
 #: Headers as they come in the wild: bytes that are no text, none at all, and a name twice.
 HEADERS: list[tuple[str, bytes | None]] = [
@@ -168,10 +169,13 @@ def test_a_flow_that_cannot_start_says_what_to_do(flow_env: FlowEnv) -> None:  #
         "STATE_DIR": ("/nowhere", "features.offline --state"),
         "KAFKA_CONSUMER_OPTIONS": ("[1]", "KAFKA_CONSUMER_OPTIONS is not a JSON object"),
     }
-    started: list[tuple[Flow, str]] = [
-        (flow_env.flow(**{variable: value}).start(wait=False), said)
-        for variable, (value, said) in cases.items()
-    ]
+    started: list[tuple[Flow, str]] = []
+    for variable, (value, said) in cases.items():
+        flow = flow_env.flow(**{variable: value})
+        flow.recovery = flow_env.directory / f"recovery_{variable}"  # one flow each at a time
+        flow.recovery.mkdir()
+        init_db_dir(flow.recovery, 1)
+        started.append((flow.start(wait=False), said))
     for flow, said in started:
         assert (flow.wait(90), "Traceback" in flow.log) == (2, False), flow.log
         assert "cannot start" in flow.log and said in flow.log, flow.log

@@ -25,8 +25,8 @@ from confluent_kafka import Message
 from dataflows.kafka.dev_broker import CONSUMER_CONFIG, DevBroker
 from dataflows.kafka.source import SourceError
 from dataflows.kafka.topics import StartupError
-from tests.integration.conftest import TestBroker, await_that
 from tests.integration.kafka_flow import forwarding_flow
+from tests.kafka.client import TestBroker, await_that
 
 ROOT = Path(__file__).parents[2]
 EPOCH = timedelta(seconds=0.2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import TestBroker, await_that
+from tests.kafka.client import TestBroker, await_that
 
 ROOT = Path(__file__).parents[2]
 EPOCH_S = 0.3

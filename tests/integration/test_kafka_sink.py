@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from confluent_kafka import KafkaError, Message
 
-from dataflows.kafka.dead_letter import DeadLetterSettings, reason_headers
+from dataflows.kafka.dead_letter import reason_headers
 from dataflows.kafka.dev_broker import DevBroker
 from dataflows.kafka.partitioner import partitions_of
+from dataflows.kafka.producers import Delivery, DeliveryError
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.replay import DeadLetter
-from dataflows.kafka.sink import Delivery, DeliveryError, KafkaSink, poll_producers
+from dataflows.kafka.sink import KafkaSink, poll_sinks
+from dataflows.kafka.topics import StartupError
 from tests.integration.conftest import TestBroker
 
 PRODUCE = 0  # Kafka's API key
@@ -43,18 +45,24 @@ class Written:
         names = self.sink.list_parts()
         self.parts = [self.sink.build_part("step", name, None) for name in names]
 
-    def write(self, out: OutRecords) -> None:
-        for item_key, part_batch in self.sink.split([out]):
-            self.parts[self.sink.part_fn(item_key)].write_batch([part_batch])
+    def write(self, out: OutRecords) -> OutRecords | None:
+        """Write; return the dead letters of what is too large."""
+        letters = None
+        for item in self.sink.split([out]):
+            if isinstance(item, OutRecords):
+                letters = item
+            else:
+                self.parts[self.sink.part_fn(item[0])].write_batch([item[1]])
+        return letters
 
     def snapshot(self) -> list[int]:
-        return [part.snapshot() for part in self.parts]
+        return [part.snapshot()[1] for part in self.parts]
 
     def delivered(self) -> int:
         return sum(each.delivered for each in self.told)
 
-    def rejected(self) -> int:
-        return sum(each.rejected for each in self.told)
+    def too_large(self) -> int:
+        return sum(each.too_large for each in self.told)
 
 
 def ids(messages: list[Message]) -> list[bytes]:
@@ -102,7 +110,7 @@ def test_latency_runs_from_the_cause_to_the_delivery(broker: TestBroker) -> None
     written.write(out)
     while written.delivered() < 10:
         assert time.monotonic() < started + 10
-        poll_producers()
+        poll_sinks()
         written.parts[0].write_batch([])
     spent_ms = (time.monotonic() - started) * 1000
     latency_ms = np.concatenate([each.latency_ms for each in written.told])
@@ -111,26 +119,32 @@ def test_latency_runs_from_the_cause_to_the_delivery(broker: TestBroker) -> None
     assert (latency_ms <= 41 + spent_ms).all()
 
 
-@pytest.mark.parametrize("with_topic", [True, False])
-def test_a_record_too_large_for_the_client(broker: TestBroker, with_topic: bool) -> None:
+def test_a_record_too_large_comes_back_as_a_dead_letter(broker: TestBroker) -> None:
     topic, letters = broker.topic("out", 1), broker.topic("dead_letters", 2)
-    dead_letters = DeadLetterSettings(letters, max_value_bytes=500) if with_topic else None
-    written = Written(broker, topic, config={"message.max.bytes": 2000}, dead_letters=dead_letters)
-    out = batch([b"a", b"x" * 5000, b"b"])
-    if not with_topic:
-        with pytest.raises(DeliveryError, match=r"5000 bytes is too large .* no dead-letter"):
-            written.write(out)
-        return
-    written.write(out)
+    config = {"message.max.bytes": 5000}
+    written = Written(broker, topic, config=config)
+    letter_sink = Written(broker, letters)
+    large = written.write(batch([b"a", b"x" * 5000, b"b"]))
+    assert large is not None
     assert written.snapshot() == [2]
     assert ids(broker.read(topic)) == [b"id0", b"id2"]
-    assert (written.delivered(), written.rejected()) == (2, 1)
+    assert (written.delivered(), written.too_large()) == (2, 1)
+    assert letter_sink.write(large) is None
+    letter_sink.snapshot()
     [message] = broker.read(letters)
     letter = DeadLetter.of(message)
     assert (letter.reason, letter.topic) == ("prediction_too_large", topic)
-    assert (letter.source_partition, letter.source_offset) == (0, -1)
-    assert (letter.key, letter.value, letter.full_bytes) == (b"key1", b"x" * 496, 5000)
+    assert (letter.source_partition, letter.source_offset) == (-1, -1)
+    assert (letter.key, letter.value) == (b"key1", b"x" * 5000)
     assert ids([message]) == [b"id1"]
+
+
+@pytest.mark.parametrize("size", [4096 - 128 - 7, 4096 - 128 - 6])
+def test_what_is_not_too_large_is_taken(broker: TestBroker, size: int) -> None:
+    written = Written(broker, broker.topic("out", 1), config={"message.max.bytes": 4096})
+    large = written.write(batch([b"x" * size]))  # and a key of 4 bytes and an id of 3
+    assert (large is None) == (size + 7 + 128 <= 4096)
+    assert written.snapshot() == [1 if large is None else -1]
 
 
 def letters_of(values: list[bytes | None]) -> OutRecords:
@@ -149,12 +163,12 @@ def assert_stub(message: Message, key: bytes, value: bytes) -> None:
     assert headers["dlq.key_truncated"] == b"%d" % len(key)
 
 
-def test_a_dead_letter_too_large_for_the_client_is_written_as_a_stub(
+def test_a_dead_letter_too_large_is_written_as_a_stub(
     broker: TestBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     topic = broker.topic("dead_letters", 1)
-    written = Written(broker, topic, config={"message.max.bytes": 2000})
-    written.write(letters_of([b"a", b"x" * 5000, b"b"]))
+    written = Written(broker, topic, config={"message.max.bytes": 5000})
+    assert written.write(letters_of([b"a", b"x" * 5000, b"b"])) is None
     assert written.snapshot() == [3]
     first, second, least = broker.read(topic)
     assert ids([first, second, least]) == [b"id0", b"id2", b"id1"]
@@ -163,55 +177,9 @@ def test_a_dead_letter_too_large_for_the_client_is_written_as_a_stub(
     assert "does not take a dead letter" in caplog.text
 
 
-def test_a_dead_letter_too_large_for_the_broker_is_written_as_a_stub(dev_broker: DevBroker) -> None:
-    broker = TestBroker(dev_broker.bootstrap_servers, dev_broker)
-    topic, too_large = broker.topic("dead_letters", 1), KafkaError.MSG_SIZE_TOO_LARGE
-    written = Written(broker, topic, config={"linger.ms": 50})
-    # The batch of two, its second record alone; then a stub, which is the end.
-    dev_broker.push_request_errors(PRODUCE, [too_large, 0, too_large])
-    written.write(letters_of([b"a", b"b"]))
-    written.snapshot()
-    by_id = dict(zip(ids(found := broker.read(topic)), found, strict=True))
-    assert len(found) == 2
-    assert by_id[b"id0"].value() == b"a"
-    assert_stub(by_id[b"id1"], b"key1", b"b")
-    dev_broker.push_request_errors(PRODUCE, [too_large] * 3)
-    written.write(letters_of([b"c"]))
-    with pytest.raises(DeliveryError, match="0 bytes is too large"):
-        written.snapshot()
-
-
-def test_a_rejected_record_too_large_for_the_dead_letter_topic_leaves_a_stub(
-    broker: TestBroker,
-) -> None:
-    topic, letters = broker.topic("out", 1), broker.topic("dead_letters", 1)
-    written = Written(
-        broker,
-        topic,
-        config={"message.max.bytes": 2000},
-        dead_letters=DeadLetterSettings(letters),
-    )
-    written.write(batch([b"a", b"x" * 5000]))
-    assert written.snapshot() == [1]
-    assert (written.delivered(), written.rejected()) == (1, 1)
-    [message] = broker.read(letters)
-    assert_stub(message, b"key1", b"x" * 5000)
-
-
-def test_a_batch_too_large_for_the_broker_is_sent_again_one_by_one(dev_broker: DevBroker) -> None:
-    broker = TestBroker(dev_broker.bootstrap_servers, dev_broker)
-    topic, letters = broker.topic("out", 1), broker.topic("dead_letters", 1)
-    written = Written(
-        broker, topic, config={"linger.ms": 50}, dead_letters=DeadLetterSettings(letters)
-    )
-    too_large = KafkaError.MSG_SIZE_TOO_LARGE
-    # The batch of three, then its second record alone.
-    dev_broker.push_request_errors(PRODUCE, [too_large, 0, too_large])
-    written.write(batch([b"a", b"b", b"c"]))
-    written.snapshot()
-    assert sorted(ids(broker.read(topic))) == [b"id0", b"id2"]
-    assert ids(broker.read(letters)) == [b"id1"]
-    assert (written.delivered(), written.rejected()) == (2, 1)
+def test_a_limit_too_low_for_any_dead_letter_is_refused_at_start(broker: TestBroker) -> None:
+    with pytest.raises(StartupError, match=r"at most 2000 bytes: raise its max\.message\.bytes"):
+        Written(broker, broker.topic("out", 1), config={"message.max.bytes": 2000})
 
 
 def test_what_can_be_retried_is_delivered_once(dev_broker: DevBroker) -> None:
@@ -258,7 +226,7 @@ def test_an_outage_shorter_than_the_timeout_is_waited_out(dev_broker: DevBroker)
     written = Written(broker, topic)
     dev_broker.broker_down()
     written.write(batch([b"a", b"b"]))
-    poll_producers()
+    poll_sinks()
     dev_broker.broker_up()
     assert written.snapshot() == [2]
     assert ids(broker.read(topic)) == [b"id0", b"id1"]
@@ -276,7 +244,7 @@ def test_a_full_queue_makes_the_worker_wait_not_fail(broker: TestBroker) -> None
 def test_sinks_of_one_worker_share_a_producer(broker: TestBroker) -> None:
     first = Written(broker, broker.topic("out", 1))
     second = Written(broker, broker.topic("out", 1))
-    assert first.parts[0]._producer is second.parts[0]._producer
+    assert first.parts[0]._writer._producer is second.parts[0]._writer._producer
 
 
 def test_settings_stay_out_of_the_repr(broker: TestBroker) -> None:

@@ -19,7 +19,7 @@ from confluent_kafka import Message
 
 from features import batch, declare, events, fraud, offline, parity, profiles, windows
 from features.fraud import FRAUD
-from tests.integration.conftest import TestBroker, await_that, broker, not_draining  # noqa: F401
+from tests.integration.conftest import not_draining  # noqa: F401
 from tests.integration.flow import (  # noqa: F401
     FlowEnv,
     Sent,
@@ -31,6 +31,7 @@ from tests.integration.flow import (  # noqa: F401
     tiny_feast,
     tiny_model,
 )
+from tests.kafka.client import TestBroker, await_that
 
 DAY = offline.parse_time("2018-08-08")
 NEXT_DAY = offline.parse_time("2018-08-09")
@@ -81,7 +82,7 @@ def offline_rows(frame: Path, ids: list[str]) -> npt.NDArray[np.float64]:
 def test_stream_equals_offline(
     handbook_dir: Path,
     replayed: Path,
-    broker: TestBroker,  # noqa: F811
+    broker: TestBroker,
     flow_env: FlowEnv,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -164,7 +165,7 @@ def test_stream_equals_offline(
     assert {name for name, n in wrong.items() if n} == {"card_mean_amount_7d"}
 
 
-def send_events(broker: TestBroker, env: FlowEnv, events: list[Sent]) -> None:  # noqa: F811
+def send_events(broker: TestBroker, env: FlowEnv, events: list[Sent]) -> None:
     topics = env.topics
     send(broker, [Sent(topics[e.topic], e.value, e.key) for e in events])
 

@@ -12,6 +12,7 @@ from dataflows.fraud import graph
 from dataflows.kafka.sink import KafkaSink
 from dataflows.kafka.source import KafkaSource, SourceTopic
 from dataflows.runtime import Runtime
+from dataflows.steps.distinct import Dedupe
 from dataflows.steps.windows import Shards
 from features.events import EventDecoder
 from features.fraud import SOURCES
@@ -28,19 +29,21 @@ STATEFUL = [
     ("fraud.card.state", "stateful_batch"),
     ("fraud.terminal.state", "stateful_batch"),
     ("fraud.predictions.write", "output"),
-    ("fraud.dead_letters.write", "output"),
     ("fraud.audit.write", "output"),
+    ("fraud.dead_letters.write", "output"),
 ]
 #: The sentence of the graph.
 STEPS = ["records", "decode", "card", "terminal", "answered", "profiles", "score"]
-STEPS += ["encode", "sample", "predictions", "dead_letters", "audit"]
+STEPS += ["encode", "sample", "predictions", "audit", "refused", "dead_letters"]
+#: With DEDUPE there is one more, between decode and card.
+DISTINCT = ("fraud.distinct.state", "stateful_batch")
 
 
 class _Scorer:
     version = "0123456789ab"
 
 
-def laid() -> Dataflow:
+def laid(dedupe: Dedupe | None = None) -> Dataflow:
     """Lay the graph over connections that are never opened."""
     nowhere = {"bootstrap.servers": "127.0.0.1:1"}
     topics = [SourceTopic(event.__name__, event.stream_time) for event in SOURCES]
@@ -59,6 +62,7 @@ def laid() -> Dataflow:
             dead_letters=KafkaSink("dead_letters", nowhere),
             audit=KafkaSink("audit", nowhere),
             audit_share=0.01,
+            dedupe=dedupe,
         )
     )
 
@@ -69,18 +73,22 @@ def walk(steps: list[Any]) -> Iterator[tuple[str, str]]:
         yield from walk(getattr(step, "substeps", []))
 
 
-def test_the_ids_of_stateful_steps_are_frozen() -> None:
+def stateful(flow: Dataflow) -> list[tuple[str, str]]:
     kinds = {"input", "output", "stateful_batch"}
-    every = list(walk(laid().substeps))
-    leaves = [(i, kind) for i, kind in every if kind in kinds]
-    innermost = [
-        (i, kind) for i, kind in leaves if not any(j.startswith(f"{i}.") for j, _ in leaves)
-    ]
-    assert innermost == STATEFUL
+    leaves = [(i, kind) for i, kind in walk(flow.substeps) if kind in kinds]
+    return [(i, kind) for i, kind in leaves if not any(j.startswith(f"{i}.") for j, _ in leaves)]
+
+
+def test_the_ids_of_stateful_steps_are_frozen() -> None:
+    assert stateful(laid()) == STATEFUL
+    assert stateful(laid(Dedupe(600_000, 1000))) == [STATEFUL[0], DISTINCT, *STATEFUL[1:]]
 
 
 def test_the_graph_is_the_sentence() -> None:
     assert [step.step_id for step in laid().substeps] == [f"fraud.{step}" for step in STEPS]
+    steps = [*STEPS[:2], "distinct", *STEPS[2:]]
+    flow = laid(Dedupe(600_000, 1000))
+    assert [step.step_id for step in flow.substeps] == [f"fraud.{step}" for step in steps]
 
 
 def test_the_graph_keeps_to_a_page() -> None:

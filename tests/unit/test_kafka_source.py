@@ -89,10 +89,17 @@ class FakeConsumer:
             self.paused.remove((each.topic, each.partition))
 
     def commit(self, offsets: list[TopicPartition], asynchronous: bool) -> None:
-        assert asynchronous
         for each in offsets:
             self.broker.committed[each.topic, each.partition] = each.offset
-        self.config["on_commit"](None, offsets)
+        if asynchronous:
+            self.config["on_commit"](None, offsets)
+
+    def committed(self, partitions: list[TopicPartition], timeout: float) -> list[TopicPartition]:
+        known = self.broker.committed
+        return [
+            TopicPartition(at.topic, at.partition, known.get((at.topic, at.partition), -1001))
+            for at in partitions
+        ]
 
     def poll(self, timeout: float) -> None: ...
 
@@ -419,7 +426,7 @@ def test_a_gap_can_be_passed_over_and_is_counted(broker: Broker, rng: random.Ran
     engine = Engine(source, {"transactions/00000": 2, "reports/00000": 0}, 1, rng)
     while len(engine.emitted) < 3:
         engine.activate()
-    assert source.stats.skipped == 3
+    assert source.stats.skipped == {("transactions", 0): 3}
 
 
 def test_a_fresh_partition_can_start_at_its_end(broker: Broker, rng: random.Random) -> None:
@@ -430,6 +437,25 @@ def test_a_fresh_partition_can_start_at_its_end(broker: Broker, rng: random.Rand
     while not engine.emitted:
         engine.activate()
     assert [row for _, row in engine.emitted] == [("transactions/00000", 8)]
+
+    # A crash before the first snapshot: the next life begins where this one did, not at the end.
+    broker.logs["transactions", 0].append(value("transactions", 3))
+    again = Engine(kafka_source(start="latest"), {}, 1, rng)
+    while len(again.emitted) < 2:
+        again.activate()
+    assert [row for _, row in again.emitted] == [("transactions/00000", at) for at in (8, 9)]
+
+
+def test_at_most_once_every_life_starts_at_the_end(broker: Broker, rng: random.Random) -> None:
+    broker.logs = {("transactions", 0): [value("transactions", 1)] * 8, ("reports", 0): []}
+    resumed = {"transactions/00000": 3, "reports/00000": 0}
+    engine = Engine(kafka_source(keep_offsets=False), resumed, 1, rng)
+    engine.activate()
+    broker.logs["transactions", 0].append(value("transactions", 2))
+    while not engine.emitted:
+        engine.activate()
+    assert [row for _, row in engine.emitted] == [("transactions/00000", 8)]
+    assert not broker.committed
 
 
 def test_an_engine_that_breaks_the_contract_is_refused(broker: Broker, rng: random.Random) -> None:

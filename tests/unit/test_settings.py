@@ -25,12 +25,17 @@ WRONG = {
     "START_AT": "middle",
     "AUDIT_SHARE": "1.5",
     "DELIVERY": "maybe",
+    "TRANSACTION_S": "0",
+    "TAIL_MAX_RECORDS": "-1",
     "MESSAGE_TIMEOUT_S": "1",
     "STARTUP_TIMEOUT_S": "0",
     "BATCH_SIZE": "0",
     "MAX_BUFFERED": "999",
     "MAX_HOLD_S": "-1",
     "SHARDS": "1000",
+    "DEDUPE": "perhaps",
+    "DEDUPE_HORIZON_S": "604801",
+    "DEDUPE_MAX_IDS": "999",
     "MAX_CLOCK_SKEW_S": "86401",
     "MAX_EVENT_BYTES": "many",
     "REVIEW_THRESHOLD": "-0.1",
@@ -237,3 +242,10 @@ def test_the_flow_refuses_to_start_without_settings(tmp_path: Path) -> None:
     first, *lines = ended.stderr.splitlines()
     assert first == "dataflows.fraud cannot start:"
     assert {line.split()[0] for line in lines} == set(REQUIRED)
+
+
+def test_a_transaction_cannot_outlast_what_brokers_allow(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MESSAGE_TIMEOUT_S", "871")
+    assert load().message_timeout_s == 871
+    environment.setenv("DELIVERY", "exactly_once")
+    assert "MESSAGE_TIMEOUT_S (871) is too long for exactly_once" in refusal()

@@ -1,0 +1,237 @@
+"""Clusters of processes on Apache Kafka: rescaled, with idle workers, with one that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflows.settings import Settings
+from features.fraud import FRAUD
+from tests.chaos import check
+from tests.chaos.conftest import assets, replayed  # noqa: F401
+from tests.chaos.harness import DAY_MS, Assets, _free_port, events
+from tests.chaos.load import Item
+from tests.integration.flow import (  # noqa: F401
+    PARTITIONS,
+    FlowEnv,
+    Sent,
+    flow_env,
+    send,
+    tiny_feast,
+    tiny_model,
+)
+from tests.kafka.client import TestBroker, await_that
+
+ROOT = Path(__file__).parents[2]
+
+
+class Cluster:
+    """Processes of `python -m bytewax.run MODULE` on one recovery directory: one life."""
+
+    def __init__(
+        self, module: str, variables: Mapping[str, str], recovery: Path, processes: int
+    ) -> None:
+        clean = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
+        clean.pop("SETTINGS_FILE", None)
+        addresses = ";".join(f"127.0.0.1:{_free_port()}" for _ in range(processes))
+        self.logs = [
+            recovery.with_name(f"{recovery.name}_{time.monotonic_ns()}_{number}.log")
+            for number in range(processes)
+        ]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for number, log in enumerate(self.logs):
+            command = [sys.executable, "-m", "bytewax.run", module]
+            command += ["-r", str(recovery), "-s", "1", "-b", "0"]
+            if processes > 1:
+                command += ["-i", str(number), "-a", addresses]
+            with log.open("wb") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env={**clean, "PYTHONPATH": str(ROOT), "LOG_FORMAT": "json", **variables},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def said(self, number: int | None = None) -> str:
+        """What a process has said so far, or all of them."""
+        logs = self.logs if number is None else self.logs[number : number + 1]
+        return "\n".join(log.read_text(errors="replace") for log in logs)
+
+    def reading(self) -> list[int]:
+        """Return the numbers of the processes that have partitions, and read them."""
+        return [n for n in range(len(self.logs)) if "reading {" in self.said(n)]
+
+    def await_reading(self, partitions: int) -> list[int]:
+        """Wait until this many partitions are read; return `reading`."""
+
+        def all_read() -> bool:
+            assert self.ended() == [], self.said()
+            lines = [line for line in self.said().splitlines() if "reading {" in line]
+            return sum(line.count("/") for line in lines) == partitions
+
+        await_that(all_read, f"{partitions} partitions are read", 120)
+        return self.reading()
+
+    def ended(self) -> list[int]:
+        """Return the numbers of the processes that have ended."""
+        return [n for n, process in enumerate(self.processes) if process.poll() is not None]
+
+    def wait(self, timeout_s: float = 60.0) -> list[int]:
+        """Wait until all have ended; return their exit codes."""
+        await_that(lambda: len(self.ended()) == len(self.processes), "the cluster ends", timeout_s)
+        return [process.wait() for process in self.processes]
+
+    def drain(self, number: int) -> list[int]:
+        """Send SIGTERM to one process; return the exit codes of all."""
+        self.processes[number].send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL what still runs."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+#: Starts a cluster that ends with the test.
+Start = Callable[[str, Mapping[str, str], Path, int], Cluster]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[Cluster] = []
+
+    def launch(module: str, variables: Mapping[str, str], recovery: Path, n: int) -> Cluster:
+        started.append(Cluster(module, variables, recovery, n))
+        return started[-1]
+
+    yield launch
+    for cluster in started:
+        cluster.kill()
+
+
+# Rescaling the fraud flow
+
+#: How long before the first transaction that it counts for each fraud report comes, stream time.
+MARGIN_MS = DAY_MS
+#: Processes of each life, and which of them is told to drain.
+LIVES = ((1, 0), (3, 2), (2, 0))
+OUTPUTS = ("predictions", "audit", "dead_letters")
+
+
+def test_rescaling_loses_doubles_and_changes_nothing(
+    assets: Assets,  # noqa: F811
+    kafka: TestBroker,
+    flow_env: FlowEnv,  # noqa: F811
+    tmp_path: Path,
+    start: Start,
+) -> None:
+    """1 process, drained, 3, drained, 2: as one uninterrupted process, and as the replay.
+
+    A day of the handbook. Partitions of different processes are not kept together in stream time,
+    so a report that comes less than that distance before the first transaction it counts for may
+    be overtaken by it. Here the distance is a day at most, and such reports are left out.
+    """
+    sent = events(assets, 1, MARGIN_MS)
+    ids = {str(item.event_id) for item in sent if item.topic == "transactions"}
+    assert len(ids) > 9_000 and len(sent) - len(ids) > 50
+    flow_env.variables |= {
+        "DELIVERY": "exactly_once",
+        "AUDIT_SHARE": "1",
+        "STATE_DIR": str(assets.state),
+        "FEAST_REPO": str(assets.feast),
+    }
+    parts = np.array_split(np.arange(len(sent)), 2 * len(LIVES))
+    account: Counter[str] = Counter()
+    audited = 0
+    for life, (processes, signalled) in enumerate(LIVES):
+        down, running = parts[2 * life : 2 * life + 2]
+        produce(flow_env, [sent[n] for n in down])
+        variables = {**flow_env.variables, "BATCH_SIZE": "50"}
+        cluster = start("dataflows.fraud", variables, tmp_path / "recovery", processes)
+        cluster.await_reading(PARTITIONS["transactions"] + PARTITIONS["fraud_reports"])
+        for few in np.array_split(running, 5):
+            produce(flow_env, [sent[n] for n in few])
+        last = life == len(LIVES) - 1
+        wanted = len(ids) if last else audited + len(down) // 2
+        await_that(lambda n=wanted: flow_env.count("audit") >= n, f"{wanted} scored", 90)  # type: ignore[misc]
+        assert cluster.drain(signalled) == [0] * processes, cluster.said()
+        assert "Traceback" not in cluster.said()
+        account += balance(cluster, flow_env.topics["transactions"])
+        audited = flow_env.count("audit")
+        print(f"{cluster.reading()} of {processes} have partitions; {audited} scored so far")
+    assert account["read"] == account["scored"] == len(ids)
+
+    vectors = once_each(flow_env.broker, flow_env.topics, ids)
+
+    # The same records, by one process in one life, into topics of its own.
+    outputs = {name: kafka.topic(f"single_{name}", PARTITIONS[name]) for name in OUTPUTS}
+    variables = {**flow_env.variables, "GROUP_ID": "single"}
+    variables |= {f"{name.upper()}_TOPIC": topic for name, topic in outputs.items()}
+    single = start("dataflows.fraud", variables, tmp_path / "single", 1)
+    await_that(lambda: len(kafka.read(outputs["audit"])) >= len(ids), "all is scored", 120)
+    assert single.drain(0) == [0], single.said()
+    assert differing(vectors, once_each(kafka, outputs, ids)) == {}
+    assert differing(vectors, check.replayed(sent, assets.state)) == {}
+
+
+def produce(env: FlowEnv, items: Sequence[Item]) -> None:
+    """Send events in order, keyed and partitioned as in production."""
+    records = [Sent(env.topics[item.topic], item.value, item.key) for item in items]
+    send(env.broker, records, partitioner="murmur2_random", **{"enable.idempotence": True})
+
+
+def balance(cluster: Cluster, topic: str) -> Counter[str]:
+    """Return what the processes of a drained cluster did with a topic's events."""
+    total: Counter[str] = Counter()
+    for number in range(len(cluster.logs)):
+        lines = [line for line in cluster.said(number).splitlines() if line.startswith("{")]
+        ends = [found for line in lines if (found := json.loads(line))["event"] == "stopped"]
+        assert len(ends) == 1, cluster.said(number)
+        total.update(ends[0]["account"].get(topic, {}))
+    assert total["read"] == sum(n for outcome, n in total.items() if outcome != "read")
+    return total
+
+
+def once_each(broker: TestBroker, topics: Mapping[str, str], ids: set[str]) -> dict[str, bytes]:
+    """Check that each transaction has one prediction and one audit record.
+
+    Returns the bits of their audited features, in model order.
+    """
+    predicted = [
+        json.loads(m.value() or b"")["transaction_id"] for m in broker.read(topics["predictions"])
+    ]
+    assert {i: n for i, n in Counter(predicted).items() if n != 1} == {}
+    assert set(predicted) == ids
+    audits = [json.loads(m.value() or b"") for m in broker.read(topics["audit"])]
+    assert {i: n for i, n in Counter(a["transaction_id"] for a in audits).items() if n != 1} == {}
+    assert {a["transaction_id"] for a in audits} == ids
+    assert broker.read(topics["dead_letters"]) == []
+    return {
+        a["transaction_id"]: np.array([a["features"][n] for n in FRAUD.names], float).tobytes()
+        for a in audits
+    }
+
+
+def differing(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> dict[str, list[str]]:
+    """Return the names of the features that differ in any bit, by transaction."""
+    wrong = {}
+    for key, bits in expected.items():
+        pairs = zip(np.frombuffer(found[key], np.int64), np.frombuffer(bits, np.int64), strict=True)
+        if names := [n for n, (a, b) in zip(FRAUD.names, pairs, strict=True) if a != b]:
+            wrong[key] = names
+    return wrong

@@ -1,0 +1,322 @@
+"""What a transactional sink promises to readers of committed records, on real Kafka."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from confluent_kafka import KafkaError, Message, TopicPartition
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+)
+
+from dataflows.kafka.dev_broker import DevBroker
+from dataflows.kafka.producers import Delivery, DeliveryError
+from dataflows.kafka.records import OutRecords
+from dataflows.kafka.sink import KafkaSink, SinkState, _SinkPartition
+from dataflows.kafka.topics import StartupError
+from tests.integration.conftest import TestBroker, await_that
+
+PRODUCE = 0  # Kafka's API key
+
+
+def batch(names: Sequence[str]) -> OutRecords:
+    """Return a record for each name: its event id, its value, and its key."""
+    ids = [name.encode() for name in names]
+    return OutRecords(list(ids), list(ids), np.zeros(len(ids), dtype=np.int64), ids)
+
+
+class Life:
+    """A life of a sink of one topic, from the states that an earlier one left."""
+
+    def __init__(
+        self,
+        broker: TestBroker,
+        topic: str,
+        states: dict[str, SinkState] | None = None,
+        *,
+        config: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.told: list[Delivery] = []
+        self.sink = KafkaSink(
+            topic,
+            {**broker.config, **(config or {})},
+            delivery="exactly_once",
+            owner="test",
+            observe=self.told.append,
+            **options,
+        )
+        self.parts: dict[str, _SinkPartition] = {
+            name: self.sink.build_part("step", name, (states or {}).get(name))
+            for name in self.sink.list_parts()
+        }
+
+    def write(self, *names: str) -> None:
+        for item in self.sink.split([batch(names)]):
+            assert isinstance(item, tuple)
+            list(self.parts.values())[self.sink.part_fn(item[0])].write_batch([item[1]])
+
+    def snapshot(self) -> dict[str, SinkState]:
+        return {name: part.snapshot() for name, part in self.parts.items()}
+
+    def suppressed(self) -> int:
+        return sum(each.suppressed for each in self.told)
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            part.close()
+
+
+@pytest.fixture
+def lives() -> Iterator[list[Life]]:
+    started: list[Life] = []
+    yield started
+    for life in started:
+        life.close()
+
+
+def ids(messages: list[Message]) -> list[str]:
+    return [dict(message.headers() or [])["event_id"].decode() for message in messages]
+
+
+def read(kafka: TestBroker, topic: str, wanted: int) -> list[Message]:
+    """Return what a topic holds once it is at least as much as wanted.
+
+    A commit that has returned cannot come to nothing; readers see it some milliseconds later.
+    """
+    found: list[Message] = []
+
+    def enough() -> bool:
+        found[:] = kafka.read(topic)
+        return len(found) >= wanted
+
+    await_that(enough, f"{wanted} records")
+    return found
+
+
+def names(begin: int, end: int) -> list[str]:
+    return [f"tx{n}" for n in range(begin, end)]
+
+
+def test_what_a_snapshot_follows_is_committed(kafka: TestBroker, lives: list[Life]) -> None:
+    topic = kafka.topic("out", 3)
+    lives.append(life := Life(kafka, topic, transaction_s=60))
+    life.write(*names(0, 500))
+    assert kafka.read(topic) == []  # the transaction is open
+    states = life.snapshot()
+    found = read(kafka, topic, 500)
+    assert Counter(ids(found)) == Counter(names(0, 500))
+    assert sum(each.delivered for each in life.told) == 500
+    for name, (_, offset, partitions) in states.items():
+        mine = [m for m in found if m.partition() == int(name[-5:])]
+        assert (offset, partitions) == (mine[-1].offset() + 2, 3)
+        row = [int(each[2:]) for each in ids(mine)]
+        assert row == sorted(row)
+
+
+def test_a_transaction_is_committed_when_its_time_is_up(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    lives.append(life := Life(kafka, topic, transaction_s=0.05))
+    life.write("tx0")
+    await_that(lambda: ids(kafka.read(topic)) == ["tx0"], "the transaction ends by itself")
+
+
+def test_rows_that_come_while_a_transaction_is_committed_keep_their_order(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    lives.append(life := Life(kafka, topic, transaction_s=0.01))
+    for n in range(2000):
+        life.write(f"tx{n}")
+    life.snapshot()
+    assert ids(read(kafka, topic, 2000)) == names(0, 2000)
+
+
+def test_what_was_published_after_the_snapshot_is_not_published_again(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 3)
+    first = Life(kafka, topic)
+    first.write(*names(0, 100))
+    states = first.snapshot()
+    first.write(*names(100, 180))
+    first.snapshot()  # committed to Kafka; the recovery store never gets it
+    first.write(*names(180, 200))  # in a transaction that nobody commits
+    first.close()
+
+    lives.append(second := Life(kafka, topic, states))
+    second.write(*names(100, 250))  # the open epoch again, and more
+    second.snapshot()
+    assert Counter(ids(read(kafka, topic, 250))) == Counter(names(0, 250))
+    # At least those; and of the last transaction what its time was up for before the crash.
+    assert second.suppressed() >= 80
+
+
+def test_an_id_is_suppressed_as_often_as_it_was_published(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    states = first.snapshot()
+    first.write("tx1", "tx1", "tx2")
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic, states))
+    second.write("tx1", "tx2", "tx1", "tx1", "tx2")
+    second.snapshot()
+    assert Counter(ids(read(kafka, topic, 5))) == Counter(tx1=3, tx2=2)
+
+
+def test_a_first_start_after_a_life_without_a_snapshot(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 2)
+    first = Life(kafka, topic)
+    first.write(*names(0, 50))
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic, None))
+    second.write(*names(0, 60))
+    second.snapshot()
+    assert Counter(ids(read(kafka, topic, 60))) == Counter(names(0, 60))
+
+
+def test_a_new_owner_fences_the_old_one(kafka: TestBroker, lives: list[Life]) -> None:
+    topic = kafka.topic("out", 1)
+    with ThreadPoolExecutor(1) as elsewhere:  # partitions of one worker confirm together
+        lives.append(zombie := elsewhere.submit(Life, kafka, topic, transaction_s=60).result())
+    states = zombie.snapshot()
+    zombie.write(*names(0, 10))  # its transaction is open …
+    lives.append(owner := Life(kafka, topic, states))
+    owner.write(*names(0, 12))
+    owner.snapshot()
+    with pytest.raises(DeliveryError, match=f"'test.{topic}.0'.*Another process writes"):
+        zombie.snapshot()  # … and comes to nothing
+    with pytest.raises(DeliveryError, match="Another process writes"):
+        zombie.write("tx99")
+    owner.write("tx12")
+    owner.snapshot()
+    assert ids(read(kafka, topic, 13)) == names(0, 13)
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_partitions_may_be_added_only_when_nothing_is_open(
+    kafka: TestBroker, lives: list[Life], drained: bool
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write("tx0")
+    states = first.snapshot()
+    if not drained:
+        first.write("tx1")
+        first.snapshot()
+    first.close()
+    admin = AdminClient(kafka.config)
+    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
+    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+    lives.append(second := Life(kafka, topic, states))
+    if drained:
+        second.write("tx2", "tx3")
+        second.snapshot()
+        assert Counter(ids(read(kafka, topic, 3))) == Counter(["tx0", "tx2", "tx3"])
+    else:
+        with pytest.raises(StartupError, match="had 1 partitions and has 2, and 1 records"):
+            second.snapshot()
+
+
+def delete_records(kafka: TestBroker, topic: str, before: int) -> None:
+    admin = AdminClient(kafka.config)
+    at = TopicPartition(topic, 0, before)
+    admin.delete_records([at])[at].result(30)
+
+
+def test_a_tail_that_retention_has_cut_is_refused_unless_allowed(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write(*names(0, 10))
+    states = first.snapshot()
+    first.write(*names(10, 20))
+    first.snapshot()
+    first.close()
+    delete_records(kafka, topic, 15)
+    lives.append(second := Life(kafka, topic, states))
+    with pytest.raises(StartupError, match="records 11 to 15 are gone.*RESUME_PAST_RETENTION"):
+        second.snapshot()
+    lives.append(third := Life(kafka, topic, states, past_retention=True))
+    third.write(*names(10, 20))
+    third.snapshot()
+    assert third.suppressed() == 6  # four come twice: nobody can know
+    assert ids(read(kafka, topic, 10)) == names(14, 20) + names(10, 14)
+
+
+def test_a_drained_flow_may_outlast_the_retention_of_its_output(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write(*names(0, 10))
+    states = first.snapshot()
+    first.close()
+    delete_records(kafka, topic, -1)  # all, the transaction's marker too
+    lives.append(second := Life(kafka, topic, states))
+    second.write("tx10")
+    second.snapshot()
+    assert ids(read(kafka, topic, 1)) == ["tx10"]
+
+
+def test_a_tail_longer_than_allowed_is_refused(kafka: TestBroker, lives: list[Life]) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write(*names(0, 100))
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic, tail_max_records=50))
+    with pytest.raises(
+        StartupError, match=r"101 records and the recovery store knows none.*\(50\)"
+    ):
+        second.snapshot()
+
+
+def test_a_record_that_the_topic_stops_taking_is_an_error_at_once(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    lives.append(life := Life(kafka, topic, transaction_s=60))
+    life.snapshot()
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    lower = ConfigEntry("max.message.bytes", "100", incremental_operation=AlterConfigOpType.SET)
+    resource.add_incremental_config(lower)
+    admin = AdminClient(kafka.config)
+    admin.incremental_alter_configs([resource])[resource].result(30)
+    life.write("x" * 500)
+    with pytest.raises(DeliveryError, match=r"did not take 1 record\(s\).*[Ss]ize"):
+        life.snapshot()
+    assert kafka.read(topic) == []
+
+
+def test_a_transaction_that_fails_is_aborted_and_written_again(
+    dev_broker: DevBroker, lives: list[Life], caplog: pytest.LogCaptureFixture
+) -> None:
+    # The mock does not isolate transactions, so what was aborted is seen too: order tells.
+    broker = TestBroker(dev_broker.bootstrap_servers, dev_broker)
+    topic = broker.topic("out", 1)
+    lives.append(life := Life(broker, topic, transaction_s=60))
+    life.snapshot()
+    dev_broker.push_request_errors(PRODUCE, [KafkaError.TOPIC_AUTHORIZATION_FAILED])
+    life.write(*names(0, 5))
+    life.write(*names(5, 10))
+    life.snapshot()
+    assert "is aborted and written again" in caplog.text
+    assert ids(broker.read(topic))[-10:] == names(0, 10)
+    assert sum(each.delivered for each in life.told) == 10
