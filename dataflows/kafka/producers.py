@@ -9,7 +9,9 @@ ever: **exactly once** for readers of committed records, given the rules below.
    transaction and locks the predecessor out, and only then reads what was published since the
    snapshot (`dataflows.kafka.tail`). In the other order a zombie could publish between the two.
 2. *Suppress by event id.* A record whose id is in that tail is not written again; each id as many
-   times as it was published.
+   times as it was published. Ids that have not come again by the next snapshot are kept in it
+   (`pending`): an epoch that is computed again need not end where the first one did, so the events
+   they belong to may still lie ahead.
 3. *Confirm before the snapshot.* `confirm` returns once everything written is committed, so a
    snapshot never claims what Kafka does not have. What is committed and not yet in a snapshot is
    what the next owner finds in the tail.
@@ -44,6 +46,12 @@ PRODUCER_DEFAULTS: Mapping[str, Any] = {
     # The bound of an outage that the flow waits out; then it stops, and a restart replays.
     "message.timeout.ms": 60_000,
     "queue.buffering.max.kbytes": 131_072,
+    # After an outage, not up to 10 s more.
+    "reconnect.backoff.max.ms": 2_000,
+    # A broker that hangs keeps its connections: by default nobody asks another one for 30 s, and
+    # a transaction for up to 90 s, which is longer than we wait.
+    "request.timeout.ms": 10_000,
+    "socket.timeout.ms": 10_000,
 }
 _GUARANTEES: Mapping[str, Any] = {"enable.idempotence": True, "acks": "all"}
 _MARGIN_S = 5.0
@@ -61,6 +69,8 @@ _HOPELESS = frozenset(
         KafkaError.INVALID_RECORD,
     }
 )
+_TELL_AFTER_S = 2.0
+_TELL_EVERY_S = 10.0
 _UNKNOWN = -1e15  # a latency below this has no known start
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +104,10 @@ class Writer(Protocol):
 
     #: Where a new owner has to begin to read, to see what was written after the last `confirm`.
     next_offset: int
+
+    @property
+    def pending(self) -> Mapping[bytes, int]:
+        """Ids published before `next_offset` whose events have yet to come, and how often."""
 
     def write(self, batch: OutRecords) -> None:
         """Take the records; wait only if there is no room for more."""
@@ -143,9 +157,15 @@ class _WorkerProducer:
 
     def flush(self) -> int:
         """Wait, in bounded time, until nothing is outstanding; return how many still are."""
-        remaining: int = self.producer.flush(self.timeout_s)
-        self.raise_if_fatal()
-        return remaining
+        wait = _Wait("delivery", self.timeout_s)
+        while True:
+            remaining: int = self.producer.flush(wait.slice_s())
+            self.raise_if_fatal()
+            if not remaining:
+                wait.is_over()
+                return 0
+            if wait.is_too_long():
+                return remaining
 
 
 _producers: WeakValueDictionary[tuple[int, tuple[tuple[str, str], ...]], _WorkerProducer] = (
@@ -187,6 +207,10 @@ class IdempotentWriter:
         self._latencies_s: list[float] = []
         self._last: Message | None = None
         self._failures: list[KafkaError] = []
+
+    @property
+    def pending(self) -> Mapping[bytes, int]:
+        return {}
 
     # One call per record from here to `_reported`: nothing that can wait is done here.
 
@@ -344,6 +368,10 @@ class TransactionalWriter:
         self._thread.start()
 
     # The worker's side
+
+    @property
+    def pending(self) -> Mapping[bytes, int]:
+        return self._published
 
     def write(self, batch: OutRecords) -> None:
         with self._changed:
@@ -556,22 +584,26 @@ class TransactionalWriter:
 
     def _persist(self, act: Callable[[float], None], failure: str) -> None:
         """Repeat what may be repeated; raise KafkaException for what wants an abort."""
-        deadline = time.monotonic() + self._timeout_s
+        wait = _Wait(f"transactional.id {self._id!r}", self._timeout_s)
         while True:
             try:
-                act(max(0.1, deadline - time.monotonic()))
+                act(wait.slice_s())
+                wait.is_over()
                 return
             except KafkaException as error:
                 reason = error.args[0]
                 if reason.txn_requires_abort():
                     raise
-                if reason.retriable() and time.monotonic() < deadline:
+                if reason.retriable() and not wait.is_too_long():
                     time.sleep(0.1)
                     continue
                 raise DeliveryError(self._explain(reason, failure)) from error
 
     def _explain(self, reason: KafkaError, failure: str) -> str:
-        what = f"transactional.id {self._id!r} {failure}: {reason.str()} ({reason.name()}). "
+        why = f": {reason.str()} ({reason.name()}). "
+        if reason.code() == KafkaError._TIMED_OUT:  # its words are for programmers
+            why = f" within {self._timeout_s:g} s: the brokers do not answer. "
+        what = f"transactional.id {self._id!r} {failure}{why}"
         if reason.code() in (KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH):
             return what + (
                 "Another process writes this partition now; this one must stop. If none was meant "
@@ -586,6 +618,46 @@ class TransactionalWriter:
             "See to the brokers (the transaction coordinator among them), then restart the flow; "
             "the open epoch is written again, once"
         )
+
+
+class _Wait:
+    """Wait for the brokers in slices, so that it can be said that and how long; in one thread."""
+
+    _next_told = 0.0  # of all waits of the process: in an outage every partition waits
+
+    def __init__(self, what: str, bound_s: float) -> None:
+        self._what, self._bound_s = what, bound_s
+        self._began = time.monotonic()
+        self._told = False
+
+    def slice_s(self) -> float:
+        """Return how long to wait now, in seconds."""
+        left_s = self._began + self._bound_s - time.monotonic()
+        return max(0.1, min(left_s, _TELL_AFTER_S))
+
+    def is_too_long(self) -> bool:
+        """Tell whether the bound is reached; if not, say that the brokers are waited for."""
+        now = time.monotonic()
+        waited_s = now - self._began
+        if waited_s >= self._bound_s:
+            return True
+        if waited_s >= _TELL_AFTER_S and now >= _Wait._next_told:
+            _Wait._next_told = now + _TELL_EVERY_S
+            self._told = True
+            _logger.warning(
+                "%s: the brokers have confirmed nothing for %.0f s; the flow waits, and stops if "
+                "it takes %g s",
+                self._what,
+                waited_s,
+                self._bound_s,
+            )
+        return False
+
+    def is_over(self) -> None:
+        """Say that it has been worth it, if the wait was told of."""
+        if self._told:
+            waited_s = time.monotonic() - self._began
+            _logger.warning("%s: the brokers confirm again, after %.1f s", self._what, waited_s)
 
 
 def _ages_ms(append_time: npt.NDArray[np.int64], now_ms: float) -> npt.NDArray[np.float64]:

@@ -7,9 +7,11 @@ recovered flow never believes in a record that Kafka does not have. After a cras
 was open is computed again: written again with the same event ids (at least once), or compared with
 what was published of it (exactly once).
 
-The recovery state of a partition is (format, offset, partitions): the offset after its last
-record, where a new owner begins to read what was published later, and the number of partitions of
-the topic, which must not change while an epoch is open, because keys would move.
+The recovery state of a partition is (format, offset, partitions, pending): the offset after its
+last record, where a new owner begins to read what was published later; the number of partitions of
+the topic, which must not change while an epoch is open, because keys would move; and the ids of
+earlier publications that have yet to be suppressed, in msgpack, empty unless the flow is catching
+up after a crash.
 
 What is too large for the topic never reaches a writer: `output` returns it as dead letters.
 """
@@ -24,6 +26,7 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
 import bytewax.operators as op
+import msgspec
 import numpy as np
 from bytewax.dataflow import Stream, operator
 from bytewax.operators import KeyedStream
@@ -51,7 +54,7 @@ from dataflows.kafka.topics import (
 PREDICTION_TOO_LARGE = "prediction_too_large"
 
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once", "exactly_once"]
-SinkState: TypeAlias = tuple[int, int, int]
+SinkState: TypeAlias = tuple[int, int, int, bytes]
 
 _FORMAT = 1
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
@@ -151,14 +154,14 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
     ) -> _SinkPartition:
         """Build the writer of one partition; StartupError if the state is of another format."""
         partition = int(for_part.rpartition("/")[2])
-        start, count = None, self.partitions
+        start, count, pending = None, self.partitions, b""
         if resume_state is not None:
-            written_by, start, count = resume_state
-            if written_by != _FORMAT:
+            if resume_state[0] != _FORMAT:
                 raise StartupError(
-                    f"the recovery store holds {for_part} in format {written_by}, this version "
-                    f"knows {_FORMAT}: run the version that wrote it"
+                    f"the recovery store holds {for_part} in format {resume_state[0]}, this "
+                    f"version knows {_FORMAT}: run the version that wrote it"
                 )
+            _, start, count, pending = resume_state
         writer: Writer
         if self._delivery == "exactly_once":
             writer = TransactionalWriter(
@@ -166,7 +169,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
                 partition,
                 self._config,
                 transactional_id=f"{self._owner}.{self.topic}.{partition}",
-                tail=partial(self._tail, partition, start, count),
+                tail=partial(self._tail, partition, start, count, pending),
                 transaction_s=self._transaction_s,
             )
         else:
@@ -174,7 +177,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             writer = IdempotentWriter(self.topic, partition, self._config, next_offset)
         return _SinkPartition(writer, self.partitions, self._observe)
 
-    def _tail(self, partition: int, start: int | None, count: int) -> Tail:
+    def _tail(self, partition: int, start: int | None, count: int, pending: bytes) -> Tail:
         address = {"bootstrap.servers": self._config["bootstrap.servers"]}
         tail = read_tail(
             self.topic,
@@ -185,6 +188,8 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             most_records=self._tail_max_records,
             timeout_s=self._startup_timeout_s,
         )
+        if pending:
+            tail.event_ids.update(msgspec.msgpack.decode(pending, type=dict[bytes, int]))
         if tail.event_ids and count != self.partitions:
             raise StartupError(
                 f"{self.topic} had {count} partitions and has {self.partitions}, and "
@@ -305,7 +310,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
             self._observe(delivery)
 
     def snapshot(self) -> SinkState:
-        """Return (format, offset after the last record, partitions), once all are delivered.
+        """Return (format, offset, partitions, pending), once all records are delivered.
 
         Raises:
             DeliveryError: Something is still outstanding after ``message.timeout.ms`` and 5 s.
@@ -314,7 +319,9 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
             other._writer.begin_confirm()
         self._writer.confirm()
         self.settle()
-        return _FORMAT, self._writer.next_offset, self._partitions
+        pending = self._writer.pending
+        packed = msgspec.msgpack.encode(dict(pending)) if pending else b""
+        return _FORMAT, self._writer.next_offset, self._partitions, packed
 
     def close(self) -> None:
         """Give up what is outstanding: without a snapshot the epoch is computed again anyway."""

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
+import dataflows.kafka.client_log  # noqa: F401  (for every client of the flow)
+
 STARTUP_TIMEOUT_S = 30.0
 """Default bound of every look-up at start-up, in seconds."""
 

@@ -114,9 +114,9 @@ def test_what_a_snapshot_follows_is_committed(kafka: TestBroker, lives: list[Lif
     found = read(kafka, topic, 500)
     assert Counter(ids(found)) == Counter(names(0, 500))
     assert sum(each.delivered for each in life.told) == 500
-    for name, (_, offset, partitions) in states.items():
+    for name, (_, offset, partitions, pending) in states.items():
         mine = [m for m in found if m.partition() == int(name[-5:])]
-        assert (offset, partitions) == (mine[-1].offset() + 2, 3)
+        assert (offset, partitions, pending) == (mine[-1].offset() + 2, 3, b"")
         row = [int(each[2:]) for each in ids(mine)]
         assert row == sorted(row)
 
@@ -159,6 +159,30 @@ def test_what_was_published_after_the_snapshot_is_not_published_again(
     assert Counter(ids(read(kafka, topic, 250))) == Counter(names(0, 250))
     # At least those; and of the last transaction what its time was up for before the crash.
     assert second.suppressed() >= 80
+
+
+def test_what_was_published_may_come_again_after_the_next_snapshot(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    """A life that replays only a part of the open epoch, and dies after a snapshot of its own."""
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    states = first.snapshot()
+    first.write(*names(0, 100), "tx90")  # the last one twice
+    first.snapshot()
+    first.close()
+    second = Life(kafka, topic, states)
+    second.write(*names(0, 40))
+    states = second.snapshot()
+    second.write(*names(40, 50))
+    second.snapshot()
+    second.close()
+    lives.append(third := Life(kafka, topic, states))
+    third.write(*names(40, 100), "tx90", *names(100, 110))
+    states = third.snapshot()
+    assert third.suppressed() == 61
+    assert ids(read(kafka, topic, 111)) == [*names(0, 100), "tx90", *names(100, 110)]
+    assert {pending for *_, pending in states.values()} == {b""}
 
 
 def test_an_id_is_suppressed_as_often_as_it_was_published(
