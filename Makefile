@@ -40,6 +40,14 @@ install: $(STAMP) ## create .venv from the hashed lock
 demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s DURATION=s)
 	@RATE=$(RATE) DURATION=$(DURATION) $(BIN)/python -m dataflows.demo
 
+.PHONY: chaos
+chaos: $(STAMP) ## the whole kill matrix on Apache Kafka, 25 min (CHAOS_SEED=… repeats); rewrites its page
+	$(BIN)/python -m pytest -q -s tests/chaos/full.py
+
+.PHONY: bench-delivery
+bench-delivery: $(STAMP) ## what exactly-once costs, on Apache Kafka; rewrites its page
+	$(BIN)/python -m benchmarks.delivery
+
 .PHONY: kafka kafka-3
 kafka: $(STAMP) ## Apache Kafka until Ctrl-C, its address on screen (Java 17+, Maven)
 	@$(BIN)/python -m tests.kafka.cluster

@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Message
 
-from features import batch, declare, events, fraud, offline, parity, profiles, windows
+from features import parity, profiles
 from features.fraud import FRAUD
+from tests.handbook_day import DAY, NEXT_DAY, replayed  # noqa: F401
 from tests.integration.conftest import not_draining  # noqa: F401
 from tests.integration.flow import (  # noqa: F401
     FlowEnv,
     Sent,
-    cached,
     feast_repo,
     flow_env,
     send,
@@ -33,26 +33,7 @@ from tests.integration.flow import (  # noqa: F401
 )
 from tests.kafka.client import TestBroker, await_that
 
-DAY = offline.parse_time("2018-08-08")
-NEXT_DAY = offline.parse_time("2018-08-09")
 SEED = 20180808
-
-
-@pytest.fixture(scope="session")
-def replayed(handbook_dir: Path) -> Path:
-    """A directory with `state` as of the day's start and `frame.parquet` up to its end."""
-
-    def build(directory: Path) -> None:
-        directory.mkdir(parents=True)
-        files = ["--transactions", str(handbook_dir / "transactions.parquet")]
-        files += ["--fraud-reports", str(handbook_dir / "fraud_reports.parquet")]
-        before = ["--out", str(directory / "before.parquet"), "--until", str(DAY)]
-        assert offline.main([*files, *before, "--state", str(directory / "state")]) == 0
-        frame = ["--out", str(directory / "frame.parquet"), "--until", str(NEXT_DAY)]
-        assert offline.main([*files, *frame, "--chunk-rows", "50021"]) == 0
-
-    code = sources_of(batch, declare, events, fraud, offline, windows)
-    return cached("parity", handbook_dir.name + code, build)
 
 
 def days_events(handbook_dir: Path) -> list[Sent]:
@@ -81,7 +62,7 @@ def offline_rows(frame: Path, ids: list[str]) -> npt.NDArray[np.float64]:
 
 def test_stream_equals_offline(
     handbook_dir: Path,
-    replayed: Path,
+    replayed: Path,  # noqa: F811
     broker: TestBroker,
     flow_env: FlowEnv,  # noqa: F811
     tmp_path: Path,
