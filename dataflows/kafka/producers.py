@@ -48,6 +48,8 @@ PRODUCER_DEFAULTS: Mapping[str, Any] = {
     "queue.buffering.max.kbytes": 131_072,
     # After an outage, not up to 10 s more.
     "reconnect.backoff.max.ms": 2_000,
+    # Of 5 min: a client that missed the news of a leader asks again.
+    "topic.metadata.refresh.interval.ms": 10_000,
     # A broker that hangs keeps its connections: by default nobody asks another one for 30 s, and
     # a transaction for up to 90 s, which is longer than we wait.
     "request.timeout.ms": 10_000,

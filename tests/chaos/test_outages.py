@@ -1,0 +1,362 @@
+"""Outages of the brokers and of the disk, under the real flow and steady load.
+
+For each: what the operator sees, and that in the end nothing is lost and nothing doubled. The table
+in docs/outages.md says the same in words; keep the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+
+from tests.chaos.load import Item, Load
+from tests.chaos.reader import Place, Reader, resume_offsets
+from tests.integration.flow import (
+    CARDS,
+    MIDNIGHT,
+    TERMINALS,
+    FlowEnv,
+    environment,
+    tiny_feast,
+    tiny_model,
+)
+from tests.kafka.client import TestBroker, await_that
+from tests.kafka.cluster import KafkaCluster
+
+__all__ = ["tiny_feast", "tiny_model"]  # fixtures
+
+RATE = 200  # records per second
+EXACTLY, AT_LEAST = "exactly_once", "at_least_once"
+_BAD_EVERY = 50
+_END_S = 45.0
+
+
+def items() -> Iterator[Item]:
+    """Return transactions in order, one a second of stream time, and some records that are none."""
+    for n in range(20_000):
+        at = MIDNIGHT + 1000 * n
+        card = CARDS[n % 50]
+        if n % _BAD_EVERY == 0:
+            yield Item("transactions", card.encode(), b"no event %d" % n, None, at)
+            continue
+        event = {
+            "transaction_id": f"t{n:06d}",
+            "card_id": card,
+            "terminal_id": TERMINALS[n % 37],
+            "event_time": at,
+            "amount": 1.0 + n / 100,
+        }
+        yield Item("transactions", card.encode(), json.dumps(event).encode(), f"t{n:06d}", at)
+
+
+class Survivor(Load):
+    """Load from a producer that outlives outages, and asks others soon if a broker hangs."""
+
+    def __init__(self, servers: str, topics: Mapping[str, str]) -> None:
+        super().__init__(servers, topics, list(items()), RATE)
+        self._producer = Producer(
+            {
+                "bootstrap.servers": servers,
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "partitioner": "murmur2_random",
+                "message.timeout.ms": 300_000,
+                "reconnect.backoff.max.ms": 500,
+                "request.timeout.ms": 5_000,
+                "socket.timeout.ms": 5_000,
+                "topic.metadata.refresh.interval.ms": 1_000,
+                "log_level": 0,
+            }
+        )
+
+    @property
+    def items_sent(self) -> list[Item]:
+        return list(self._items[: self.sent])
+
+
+class Trial:
+    """A flow under steady load on a cluster that will be broken, and the judgement in the end."""
+
+    def __init__(self, env: FlowEnv, cluster: KafkaCluster, delivery: str, **variables: str):
+        self.env, self.cluster, self.delivery = env, cluster, delivery
+        self.flow = env.flow(DELIVERY=delivery, AUDIT_SHARE="1", **variables)
+        servers = cluster.bootstrap_servers
+        self.load = Survivor(servers, env.topics)
+        #: Where each life after the first went on reading, by partition.
+        self.resumed: list[dict[Place, int]] = []
+
+    def start(self) -> None:
+        """Start the load and the first life of the flow; wait until it answers."""
+        self.flow.start()
+        self.load.start()
+        await_that(lambda: self.load.sent > RATE, "load")
+        self.await_answers()
+
+    def restart(self) -> None:
+        """Start another life of the flow; wait until it reads."""
+        self.resumed.append(resume_offsets(self.flow.recovery))
+        self.flow.start()
+
+    def await_answers(self, timeout_s: float = 60.0) -> None:
+        """Wait until all that has been sent by now is answered, in this life of the flow."""
+        topic = self.env.topics["transactions"]
+        wanted = self.load.sent - self.read_before()
+
+        def answered() -> bool:
+            return not self.flow.running or self.answered() >= wanted
+
+        await_that(answered, f"{wanted} answers of {topic}", timeout_s)
+        assert self.flow.running, self.flow.log
+
+    def read_before(self) -> int:
+        """Return how many records lie before the place where this life went on reading."""
+        return sum(self.resumed[-1].values()) if self.resumed else 0
+
+    def answered(self) -> int:
+        account = self.flow.account().get(self.env.topics["transactions"], {})
+        return sum(n for outcome, n in account.items() if outcome != "read")
+
+    def await_log(self, pattern: str, timeout_s: float = 30.0) -> None:
+        """Wait until the flow says so."""
+        await_that(
+            lambda: bool(re.search(pattern, self.flow.log)) or not self.flow.running,
+            f"the flow says {pattern!r}",
+            timeout_s,
+        )
+        assert re.search(pattern, self.flow.log), self.flow.log
+
+    def ends(self, sentence: str, code: int = 1, timeout_s: float = _END_S) -> None:
+        """Check that the flow ends by itself, in bounded time, and says why in its last line."""
+        assert self.flow.wait(timeout_s) == code, self.flow.log
+        assert re.search(sentence, self.flow.log.splitlines()[-1]), self.flow.log
+
+    def finish(self) -> None:
+        """Stop the load, drain the flow, and check what it leaves."""
+        self.load.stop()
+        self.await_answers()
+        assert self.flow.stop() == 0, self.flow.log
+        self.check()
+
+    def check(self) -> None:
+        """Check that each record has its answers, once (or, at least once, as a replay may)."""
+        sent = self.load.items_sent
+        names = self.env.topics
+        reader = Reader(self.cluster.bootstrap_servers, names.values())
+        reader.catch_up()
+        reader.close()
+        origins: dict[str, tuple[str, int, int]] = {}
+        for record in reader.records[names["transactions"]]:
+            origin = (record.topic, record.partition, record.offset)
+            event = json.loads(record.value) if record.value.startswith(b"{") else None  # type: ignore
+            name = event["transaction_id"] if event else "/".join(map(str, origin))
+            origins[name] = origin
+        assert len(origins) == len(sent)
+        good = {item.event_id for item in sent} - {None}
+        bad = set(origins) - good
+        for topic, expected in (("predictions", good), ("audit", good), ("dead_letters", bad)):
+            records = reader.records[names[topic]]
+            found = Counter((record.headers["event_id"] or b"").decode() for record in records)
+            missing, foreign = expected - set(found), set(found) - expected
+            assert not missing and not foreign, (topic, len(missing), len(foreign))
+            again = {name: count - 1 for name, count in found.items() if count > 1}
+            if self.delivery == EXACTLY:
+                assert not again, (topic, len(again))
+            for name, count in again.items():
+                input_topic, partition, offset = origins[name]
+                replays = [r for r in self.resumed if offset >= r.get((input_topic, partition), 0)]
+                assert count <= len(replays), (topic, name, count)
+        for topic, outcomes in self.flow.account().items():
+            assert outcomes["read"] == sum(n for o, n in outcomes.items() if o != "read"), topic
+
+
+@contextmanager
+def trial_on(
+    cluster: KafkaCluster, model: Path, feast: Path, directory: Path
+) -> Iterator[Callable[..., Trial]]:
+    broker = TestBroker(cluster.bootstrap_servers)
+    trials: list[Trial] = []
+    with environment(broker, model, feast, directory) as env:
+
+        def make(delivery: str = EXACTLY, **variables: str) -> Trial:
+            trials.append(Trial(env, cluster, delivery, **variables))
+            return trials[-1]
+
+        yield make
+        for trial in trials:
+            trial.load._end.set()
+    broker.close()
+
+
+@pytest.fixture
+def one(
+    kafka_1: KafkaCluster, tiny_model: Path, tiny_feast: Path, tmp_path: Path
+) -> Iterator[Callable[..., Trial]]:
+    """Return what makes a trial on one broker."""
+    with trial_on(kafka_1, tiny_model, tiny_feast, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+def three(
+    kafka_3: KafkaCluster, tiny_model: Path, tiny_feast: Path, tmp_path: Path
+) -> Iterator[Callable[..., Trial]]:
+    """Return what makes a trial on three brokers."""
+    with trial_on(kafka_3, tiny_model, tiny_feast, tmp_path) as make:
+        yield make
+
+
+Make = Callable[..., Trial]
+
+
+def test_broker_down_at_start(one: Make) -> None:
+    trial = one(STARTUP_TIMEOUT_S="2")
+    trial.cluster.stop(1)
+    trial.flow.start(wait=False)
+    address = re.escape(trial.cluster.bootstrap_servers)
+    trial.ends(f"no Kafka broker answered at '{address}' within 2 s .*: start the broker", 2)
+    assert "Traceback" not in trial.flow.log
+    trial.flow.variables["STARTUP_TIMEOUT_S"] = "60"
+    trial.flow.start(wait=False)
+    trial.await_log("no Kafka broker answers at")
+    trial.cluster.start(1)
+    trial.await_log("reading {", 60)
+    trial.load.start()
+    trial.await_answers()
+    trial.finish()
+
+
+@pytest.mark.parametrize(("delivery", "kill"), [(EXACTLY, True), (AT_LEAST, False)])
+def test_broker_down_for_less_than_the_message_timeout(
+    one: Make, delivery: str, kill: bool
+) -> None:
+    trial = one(delivery)
+    trial.start()
+    (trial.cluster.kill if kill else trial.cluster.stop)(1)
+    trial.await_log("the brokers have confirmed nothing for [2-9] s; the flow waits")
+    trial.cluster.start(1)
+    trial.await_log("the brokers confirm again, after", 60)
+    trial.await_answers()
+    assert len(trial.flow.log_lines()) < 100
+    trial.finish()
+
+
+@pytest.mark.parametrize("delivery", [EXACTLY, AT_LEAST])
+def test_broker_down_for_longer_than_the_message_timeout(one: Make, delivery: str) -> None:
+    trial = one(delivery, MESSAGE_TIMEOUT_S="2")
+    trial.start()
+    trial.cluster.stop(1)
+    trial.ends("stopped by DeliveryError: .*See to the brokers.*restart the flow")
+    trial.cluster.start(1)
+    trial.restart()
+    trial.finish()
+
+
+@pytest.mark.parametrize(
+    ("delivery", "troubles"),
+    [(EXACTLY, ["leader stops", "leader dies", "coordinator hangs"]), (AT_LEAST, ["leader dies"])],
+)
+def test_one_of_three_brokers_goes(three: Make, delivery: str, troubles: list[str]) -> None:
+    trial = three(delivery)
+    cluster, topics = trial.cluster, trial.env.topics
+    trial.start()
+    for trouble in troubles:
+        cluster.heal()
+        if trouble == "coordinator hangs":
+            owner = trial.env.variables["GROUP_ID"]
+            broker = cluster.coordinator_of_transaction(f"{owner}.{topics['predictions']}.0")
+            assert broker is not None
+            cluster.pause(broker)
+        else:
+            reads = {cluster.leader_of(topics["transactions"], p) for p in range(4)}
+            writes = [cluster.leader_of(topics["predictions"], p) for p in range(3)]
+            broker = next(each for each in writes if each in reads)
+            assert broker is not None
+            (cluster.stop if trouble == "leader stops" else cluster.kill)(broker)
+        trial.await_answers()
+    trial.finish()
+
+
+def set_least_in_sync(cluster: KafkaCluster, topic: str, least: int) -> None:
+    """Let a topic take records only if so many replicas do."""
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    resource.add_incremental_config(
+        ConfigEntry("min.insync.replicas", str(least), incremental_operation=AlterConfigOpType.SET)
+    )
+    admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers})
+    admin.incremental_alter_configs([resource])[resource].result(30)
+
+
+def test_no_transaction_coordinator(three: Make) -> None:
+    # The coordinators cannot write; everything else goes on with two of three replicas.
+    trial = three(MESSAGE_TIMEOUT_S="2")
+    trial.start()
+    sentence = r"stopped by DeliveryError: transactional.id '.*' could not be {}.*coordinator"
+    try:
+        set_least_in_sync(trial.cluster, "__transaction_state", 3)
+        trial.cluster.stop(3)
+        trial.ends(sentence.format("committed"))
+        trial.restart()
+        trial.ends(sentence.format("taken over"))
+    finally:
+        set_least_in_sync(trial.cluster, "__transaction_state", 2)
+    trial.restart()
+    trial.finish()
+
+
+def test_output_topic_missing_at_start(one: Make) -> None:
+    trial = one()
+    topic = trial.env.topics["predictions"]
+    trial.cluster.delete_topic(topic)
+    trial.flow.start(wait=False)
+    trial.ends(f"topic '{topic}' does not exist at .*: create it, or correct the topic's name", 2)
+    trial.cluster.create_topic(topic, 3)
+    trial.start()
+    trial.finish()
+
+
+def test_output_topic_deleted_while_running(one: Make) -> None:
+    trial = one(MESSAGE_TIMEOUT_S="2")
+    topic = trial.env.topics["predictions"]
+    trial.start()
+    trial.cluster.delete_topic(topic)
+    trial.ends(f"stopped by DeliveryError: .*{topic}.*restart the flow")
+    trial.cluster.create_topic(topic, 3)
+    trial.restart()
+    trial.ends(
+        f"stopped by StartupError: {topic}/. ends at [01], before the snapshot's .*recreated"
+    )
+    trial.flow.recovery = trial.env.directory / "new"
+    trial.flow.recovery.mkdir()
+    trial.restart()
+    trial.finish()
+
+
+def test_transaction_timeout_above_the_brokers(one: Make) -> None:
+    trial = one(KAFKA_PRODUCER_OPTIONS='{"transaction.timeout.ms": 1000000}')
+    trial.flow.start()
+    trial.load.start()
+    trial.ends("stopped by DeliveryError: .*MESSAGE_TIMEOUT_S.*transaction.max.timeout.ms: lower")
+
+
+@pytest.mark.parametrize("delivery", [EXACTLY, AT_LEAST])
+def test_disk_of_the_recovery_store_full(one: Make, delivery: str) -> None:
+    trial = one(delivery)
+    trial.start()
+    store = trial.flow.recovery / "part-0.sqlite3-wal"
+    await_that(lambda: store.stat().st_size > 300_000, "the store grows")
+    process = trial.flow._process
+    assert process is not None
+    # No file of this process may grow beyond this: the log is small, the store is not.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (256_000, 256_000))
+    trial.ends("stopped by a failure of the recovery store: .*See to its disk")
+    trial.restart()
+    trial.finish()
