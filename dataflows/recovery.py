@@ -437,6 +437,50 @@ def resume_epoch(parts: Collection[Path]) -> int:
     return min(fronts.get((last, worker), began) for worker in range(workers))
 
 
+def discard_open_epoch(directory: Path) -> int:
+    """Delete what a killed life has stored of an epoch that never became durable.
+
+    Bytewax 0.21.1 stores snapshots as they come (``src/timely.rs``, `partd_write`), and afterwards
+    that the epoch is complete. Killed in between, it resumes at that epoch and gives the number
+    again; a key that is not awake in the new one keeps the dead life's snapshot under it, which
+    counts as durable as soon as the new one is. Its events would move windows twice, or be taken
+    for duplicates of themselves.
+
+    Call it while this process holds the directory, before the engine starts; all processes of a
+    cluster may. Returns the number of snapshots deleted.
+
+    Raises RecoveryError if the store cannot be written.
+    """
+    parts = parts_of(directory)
+    wanted: set[int] = set()
+    for part in parts:
+        with _open(part) as connection:
+            wanted |= {n for (n,) in connection.execute("SELECT part_count FROM parts")}
+    if wanted != {len(parts)}:
+        log.warning(
+            "not all parts of the recovery store are in this directory, so what a killed life left "
+            "of its last epoch cannot be told from the rest: give all processes one directory",
+            directory=str(directory),
+            here=len(parts),
+            parts=max(wanted, default=0),
+        )
+        return 0
+    epoch = resume_epoch(parts)
+    deleted = 0
+    for part in parts:
+        try:
+            with closing(sqlite3.connect(part, timeout=5.0)) as connection, connection:
+                found = connection.execute("DELETE FROM snaps WHERE snap_epoch >= ?", (epoch,))
+                deleted += found.rowcount
+        except sqlite3.Error as error:
+            raise RecoveryError(
+                f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
+            ) from None
+    if deleted:
+        log.info("snapshots of an epoch that was never complete are discarded", count=deleted)
+    return deleted
+
+
 @contextmanager
 def _open(part: Path) -> Iterator[sqlite3.Connection]:
     """Open a part to read it as of now, whoever else has it open."""

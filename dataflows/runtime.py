@@ -15,6 +15,7 @@ from bytewax.dataflow import Dataflow
 from confluent_kafka import Consumer, KafkaException, Producer
 
 from dataflows import recovery
+from dataflows.kafka.errors import StartupError
 from dataflows.kafka.producers import Delivery
 from dataflows.kafka.sink import KafkaSink, poll_sinks
 from dataflows.kafka.source import (
@@ -23,7 +24,7 @@ from dataflows.kafka.source import (
     SourceTopic,
     install_drain_handlers,
 )
-from dataflows.kafka.topics import StartupError, partition_counts
+from dataflows.kafka.topics import partition_counts
 from dataflows.metrics import METRICS
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.distinct import Dedupe
@@ -92,6 +93,7 @@ class Runtime:
                 found = recovery.check(
                     store.directory, flow, runtime.partitions, optional=OPTIONAL_STEPS
                 )
+                recovery.discard_open_epoch(store.directory)
                 log.info(
                     "recovery store checked",
                     directory=str(store.directory),

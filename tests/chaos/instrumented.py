@@ -8,7 +8,9 @@ It is `dataflows.fraud`, patched by the environment:
 ``CHAOS_HOLD``      ``point:n``: at the n-th passing of that point, wait
 ``CHAOS_HOLD_FILE`` created when that happens; the wait ends when ``<file>.release`` exists
 ``CHAOS_OFF``       protections to take away, by comma: ``fencing``, ``tail_scan``, ``pending``
-                    (each snapshot forgets what of a tail has not come by again)
+                    (each snapshot forgets what of a tail has not come by again), ``discard``
+                    (what a killed life left of its last epoch stays)
+``CHAOS_DRAIN``     told to drain as it comes up
 ==================  ==========================================================================
 
 Points: see `POINTS`.
@@ -27,7 +29,7 @@ from typing import Any
 
 from bytewax.dataflow import Dataflow
 
-from dataflows import fraud
+from dataflows import fraud, recovery
 from dataflows.kafka import producers, sink, source, tail
 from dataflows.steps import windows
 
@@ -147,6 +149,10 @@ def flow() -> Dataflow:
         _take_away_fencing()
     if "tail_scan" in _off:
         _take_away_tail_scan()
+    if "discard" in _off:
+        recovery.discard_open_epoch = lambda directory: 0
+    if os.environ.get("CHAOS_DRAIN"):
+        source.request_drain()
     if "pending" in _off:
         _forget_what_is_pending()
     started = fraud.flow()

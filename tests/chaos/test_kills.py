@@ -83,6 +83,25 @@ def test_a_tail_outlives_an_epoch(make_run: MakeRun) -> None:
     assert run.finish().violations == []
 
 
+@pytest.mark.parametrize("off", ["", "discard"])
+def test_what_a_killed_life_stored_of_its_last_epoch_is_forgotten(
+    make_run: MakeRun, off: str
+) -> None:
+    """Windows' snapshots of the epoch are in the store when the life ends before it is complete.
+
+    The next life ends that epoch without an event, so nothing overwrites them.
+    """
+    run = make_run(Setting("exactly_once"), random.Random(SEED), off=off)
+    run.kill(Kill("committed", nth=3, victim=0, all=False, after_s=0, early=False))
+    variables = run.flow.variables
+    run.flow.variables = {**variables, "CHAOS_DRAIN": "yes"}
+    run.flow.start()
+    assert run.flow.await_end() == [0]
+    run.flow.variables = variables
+    verdict = run.finish()
+    assert bool(verdict.violations) == bool(off)
+
+
 def test_without_the_tail_scan_records_come_twice(make_run: MakeRun) -> None:
     run = make_run(Setting("exactly_once"), random.Random(SEED), off="tail_scan")
     run.kill(Kill("committed", nth=1, victim=0, all=False, after_s=0, early=False))

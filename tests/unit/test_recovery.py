@@ -524,3 +524,41 @@ def test_manifest_is_plain_json(directory: Path, prepare: Callable[..., Store]) 
     read = json.loads((directory / "store.json").read_text())
     assert read == msgspec.to_builtins(manifest)
     assert Manifest(**read) == manifest
+
+
+def test_what_a_killed_life_stored_of_its_last_epoch_is_discarded(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+    part = directory / "part-0.sqlite3"
+    assert recovery.discard_open_epoch(directory) == 0
+    rows = [("f.a", "k1", 4), ("f.a", "k1", 5), ("f.b", "k2", 6), ("f.b", "k2", 4)]
+    with closing(sqlite3.connect(part)) as connection, connection:
+        connection.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (3, 2, 2)")
+        for worker, frontier in enumerate((6, 5)):  # one worker has not finished epoch 5
+            connection.execute(
+                "INSERT INTO fronts (ex_num, worker_index, worker_frontier) VALUES (3, ?, ?)",
+                (worker, frontier),
+            )
+        connection.executemany(
+            "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) VALUES (?, ?, ?, NULL)",
+            rows,
+        )
+    assert recovery.discard_open_epoch(directory) == 2
+    left = [(row.step_id, row.key, row.epoch) for row in recovery.snapshots([part])]
+    assert left == [("f.a", "k1", 4), ("f.b", "k2", 4)]
+    assert recovery.discard_open_epoch(directory) == 0
+
+
+def test_nothing_is_discarded_where_parts_are_missing(directory: Path) -> None:
+    directory.mkdir()
+    init_db_dir(directory, 2)
+    part = directory / "part-0.sqlite3"
+    with closing(sqlite3.connect(part)) as connection, connection:
+        connection.execute(
+            "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) "
+            "VALUES ('s', 'k', 9, NULL)"
+        )
+    (directory / "part-1.sqlite3").unlink()
+    assert recovery.discard_open_epoch(directory) == 0
+    assert len(list(recovery.snapshots([part]))) == 1
