@@ -20,6 +20,7 @@ from confluent_kafka import Consumer
 from rich.console import Console
 from rich.table import Table
 
+from dataflows.kafka.errors import StartupError
 from dataflows.kafka.replay import (
     DeadLetter,
     ReplayError,
@@ -27,7 +28,7 @@ from dataflows.kafka.replay import (
     read_dead_letters,
     replay,
 )
-from dataflows.kafka.topics import StartupError, partition_counts
+from dataflows.kafka.topics import partition_counts
 from dataflows.settings import Settings, SettingsError, load
 
 PREVIEW = 80

@@ -153,6 +153,25 @@ class Interleaver:
         """Return the largest (stream time, lane) that may go while `holding` lanes hold."""
         return min(((int(self.latest[lane]), lane) for lane in holding), default=None)
 
+    def next_times(self, holding: Collection[int]) -> list[int]:
+        """Return lower bounds of the stream times to come, of rows that have one.
+
+        Of the rows that are here, and of those that `holding` lanes may deliver; `NO_TIME` for a
+        lane of these that has not delivered any.
+        """
+        times = [
+            int(self.latest[lane])
+            for lane in holding
+            if not self.waiting[lane] or self.latest[lane] == NO_TIME
+        ]
+        for parts in (self._ready, *self._lanes):
+            for rows in parts:
+                first = int(np.searchsorted(rows.stream_time, NO_TIME, side="right"))
+                if first < len(rows.messages):
+                    times.append(int(rows.stream_time[first]))
+                    break
+        return times
+
     def release(self, limit: int, bound: tuple[int, int] | None) -> bool:
         """Put rows in order until `limit` of them are ready; tell whether that many are.
 

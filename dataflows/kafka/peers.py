@@ -1,9 +1,10 @@
-"""What the processes of a cluster tell each other, so that they drain together.
+"""What the processes of a cluster tell each other: to drain together, and to keep together.
 
-A worker may stop only when every other one has what it needs of it. Bytewax 0.21.1 finishes an
-epoch when *all* workers have; a worker that stops while another one still waits for the end of an
-epoch leaves that one waiting for ever, busily. Signals do not arrive in one epoch, or only one
-process gets one. So the processes agree, by small files in the recovery directory they share:
+**Drain.** A worker may stop only when every other one has what it needs of it. Bytewax 0.21.1
+finishes an epoch when *all* workers have; a worker that stops while another one still waits for
+the end of an epoch leaves that one waiting for ever, busily. Signals do not arrive in one epoch, or
+only one process gets one. So the processes agree, by small files in the recovery directory they
+share:
 
 * Who is told to drain says so; the others see it within 0.1 s, and drain too.
 * A worker that stops emitting says in which epoch, *before* it gives its snapshot of that epoch.
@@ -13,6 +14,13 @@ process gets one. So the processes agree, by small files in the recovery directo
 
 Epochs are counted from 0 in this life, and all workers begin in the same one. A worker without
 partitions is never called; its process ends when all others have stopped.
+
+**Keep together.** Before it gives its snapshot of an epoch, a worker says at which stream time it
+will begin the next (the first: before it emits anything). In an epoch, no worker emits what is
+further than a bound ahead of the least of these. So of two records that the topics held when the
+epoch began, wherever they are read, the one that is more than the bound behind is emitted in an
+earlier epoch: all steps have done with it before they see the other. Who has read its partitions to
+their end holds up nobody.
 
 A cluster whose processes do not share a directory cannot do this: see `shared`.
 """
@@ -31,6 +39,14 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.1
 
 
+class _Pace(msgspec.Struct):
+    """How far a worker is."""
+
+    partitions: int
+    #: Epoch → stream time that it begins at, ms; of the last two epochs told.
+    begins: dict[int, int] = {}
+
+
 class _Record(msgspec.Struct):
     """What one process says."""
 
@@ -38,6 +54,7 @@ class _Record(msgspec.Struct):
     #: Worker → the epoch after which it emits nothing; None: it reads.
     workers: dict[str, int | None] = {}
     stopped: list[str] = []
+    paces: dict[str, _Pace] = {}
 
 
 class Peers:
@@ -84,6 +101,26 @@ class Peers:
         with self._lock:
             self._mine.stopped.append(worker)
             self._write()
+
+    def begins(self, worker: str, partitions: int, epoch: int, stream_time: int) -> None:
+        """Say that a worker, in an epoch, emits nothing from before a stream time (ms)."""
+        with self._lock:
+            pace = self._mine.paces.setdefault(worker, _Pace(partitions))
+            # Others may still be in the epoch before, not earlier: see `last_epoch`.
+            pace.begins = {n: at for n, at in pace.begins.items() if n >= epoch - 1}
+            pace.begins[epoch] = stream_time
+            self._write()
+
+    def slowest(self, epoch: int, partitions: int) -> int | None:
+        """Return the least stream time that a worker begins an epoch with, ms.
+
+        None: not all have said; the workers have `partitions` between them.
+        """
+        paces = [p for record in self._records() if record for p in list(record.paces.values())]
+        said = [pace for pace in paces if epoch in pace.begins]
+        if sum(pace.partitions for pace in said) < partitions:
+            return None
+        return min(pace.begins[epoch] for pace in said)
 
     def last_epoch(self) -> int | None:
         """Return the last epoch in which anything was emitted; None while some worker reads."""

@@ -38,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from dataflows.kafka.errors import DeliveryError
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.tail import Tail
 
@@ -75,10 +76,6 @@ _TELL_AFTER_S = 2.0
 _TELL_EVERY_S = 10.0
 _UNKNOWN = -1e15  # a latency below this has no known start
 _logger = logging.getLogger(__name__)
-
-
-class DeliveryError(RuntimeError):
-    """Say which records Kafka did not take, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from dataflows.kafka.topics import STARTUP_TIMEOUT_S, StartupError, partition_counts
+from dataflows.kafka.errors import StartupError
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
 
 
 def read_topic(

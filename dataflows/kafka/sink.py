@@ -34,6 +34,7 @@ from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 from confluent_kafka.admin import AdminClient
 
 from dataflows.kafka.dead_letter import MAX_VALUE_BYTES, fit, reason_headers, stub
+from dataflows.kafka.errors import StartupError
 from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.producers import (
     Delivery,
@@ -45,7 +46,6 @@ from dataflows.kafka.records import OutRecords
 from dataflows.kafka.tail import MOST_RECORDS, Tail, read_tail
 from dataflows.kafka.topics import (
     STARTUP_TIMEOUT_S,
-    StartupError,
     most_record_bytes,
     part_name,
     partition_counts,

@@ -39,6 +39,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -53,20 +54,25 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from dataflows.kafka.errors import FlowError, SourceError, StartupError
 from dataflows.kafka.interleave import NO_TIME, Interleaver
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.phase import PhaseKeeper
 from dataflows.kafka.records import Int64s, Records
-from dataflows.kafka.topics import STARTUP_TIMEOUT_S, StartupError, part_name, partition_counts
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S, part_name, partition_counts
 
 logger = logging.getLogger(__name__)
 
 CONSUMER_DEFAULTS: Mapping[str, Any] = {
     "fetch.wait.max.ms": 100,
     "fetch.error.backoff.ms": 200,
+    "reconnect.backoff.max.ms": 2_000,  # of 10 s
+    "topic.metadata.refresh.interval.ms": 10_000,  # of 5 min: who missed the news asks again
+    "socket.timeout.ms": 10_000,  # of 60 s, as long as nobody is asked in place of one that hangs
     "queued.max.messages.kbytes": 16_384,
     "queued.min.messages": 20_000,
     # The default of 1 s starves a consumer whose small queue fills: it would wait that long.
@@ -80,6 +86,8 @@ _GUARANTEES: Mapping[str, Any] = {
     "isolation.level": "read_committed",
     "allow.auto.create.topics": False,
 }
+#: Later than all stream times: how far a worker may go that waits for no other.
+_NO_LIMIT = np.iinfo(np.int64).max
 _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
@@ -141,9 +149,9 @@ def install_drain_handlers(report: Callable[[], object] | None = None) -> None:
         if report is not None:  # before the reason, which is to be the last line
             atexit.unregister(report)
             report()
-        while error.__cause__ is not None:  # below Bytewax's own
+        while isinstance(error, BytewaxRuntimeError) and error.__cause__ is not None:
             error = error.__cause__
-        logger.error("stopped by %s: %s", type(error).__name__, error)
+        logger.error("stopped by %s", _why(error))
 
     sys.excepthook = failed
     signal.signal(signal.SIGTERM, drain)
@@ -151,6 +159,19 @@ def install_drain_handlers(report: Callable[[], object] | None = None) -> None:
     # A signal while the interpreter shuts down, after its handlers, would change the exit code.
     atexit.register(_ignore_signals_if_drained)
     _end_process = end
+
+
+def _why(error: BaseException) -> str:
+    """Return the reason for the operator; what Bytewax says of its store is for its authors."""
+    store = re.search(r'SqliteFailure\(.*Some\("(.*)"\)', str(error))
+    if store is not None:
+        return (
+            f"a failure of the recovery store: {store[1]}. See to its disk (is it full?), then "
+            "restart the flow; the open epoch is computed again"
+        )
+    if type(error).__name__ == "PanicException" and FlowError.latest is not None:
+        error = FlowError.latest
+    return f"{type(error).__name__}: {error}"
 
 
 def _ignore_signals_if_drained() -> None:
@@ -212,10 +233,6 @@ class SourceStats:
     outage_since: float | None = None
 
 
-class SourceError(RuntimeError):
-    """Say why reading cannot go on: where, what the broker has, and what to do."""
-
-
 class KafkaSource(FixedPartitionedSource[Records, int]):
     """Read several topics as one stream of `Records`, interleaved by stream time.
 
@@ -245,6 +262,8 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         phase_keeping: keep in phase with the other workers of a cluster (`dataflows.kafka.phase`).
         peers: the other processes of a cluster, to drain with them. None: each drains alone, and
             ends the others; nothing is lost, but who was not told within an epoch repeats one.
+        max_skew_ms: how far apart, in stream time, the processes of a cluster may be in a backlog;
+            needs `peers`, see there. No epoch takes more of the stream than this.
         between_batches: called on the worker thread at each turn, about every millisecond when
             idle; give it `dataflows.kafka.sink.poll_sinks`.
         observe: called with the `stats` on the worker thread, at most every 0.25 s.
@@ -273,6 +292,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         epoch_interval_s: float | None = None,
         phase_keeping: bool = True,
         peers: Peers | None = None,
+        max_skew_ms: int = 6 * 3_600_000,
         between_batches: Callable[[], None] | None = None,
         observe: Callable[[SourceStats], None] | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
@@ -295,6 +315,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         self.epoch_interval_s = epoch_interval_s
         self.phase_keeping = phase_keeping
         self.peers = peers
+        self.max_skew_ms = max_skew_ms
         self.between_batches = between_batches
         self.observe = observe
         self.startup_timeout_s = startup_timeout_s
@@ -405,6 +426,8 @@ class _Reader:
         self._epochs_seen = 0
         self._part_ahead = False
         self._drain_after: int | None = None
+        # Latest stream time to emit in this epoch; None: the other workers have to be asked.
+        self._horizon: int | None = _NO_LIMIT
         self._at_once = False
         self._last_turn = 0.0
         self._next_observation = 0.0
@@ -471,6 +494,8 @@ class _Reader:
         self._observe()  # what was skipped, at least
         if self._source.peers is not None:
             self._source.peers.reads(self._leader.name)
+            self._horizon = None
+            self._wait_until = time.monotonic() + self._source.max_hold_s
         logger.info("reading %s", dict(zip(self._index, offsets, strict=True)))
 
     def _start_offsets(self, deadline: float) -> list[int]:
@@ -603,6 +628,8 @@ class _Reader:
         if leader is None:  # an epoch shorter than the start-up: `turn` comes first, so never
             raise SourceError(f"the engine snapshotted {part.name} before it was read")
         lane.snapshots += 1
+        if lane is leader and self._source.peers is not None:
+            self._say_where_it_begins(max(0, self._next_time()))
         if lane is leader and self._phase is not None:
             self._phase.snapshot()
         self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
@@ -616,6 +643,8 @@ class _Reader:
                 "not reached; this source knows Bytewax 0.21.1, which does not. Run with that"
             )
         self._epochs_seen = epoch
+        if self._source.peers is not None:
+            self._horizon = None
         self._commit()
         if self._drain_after is None or epoch <= self._drain_after:
             return
@@ -643,6 +672,8 @@ class _Reader:
         now = time.monotonic()
         elapsed_s, self._last_turn = min(now - self._last_turn, 0.5), now
         merge = self._merge
+        if self._horizon is None:
+            self._ask_the_others()
         # Rows that are here and may go come first: reading more would only fill the buffers.
         if merge.ready < limit and not merge.release(limit, self._bound()):
             want = min(max(2 * limit, 256), 10_000)
@@ -653,7 +684,7 @@ class _Reader:
             # More may be waiting: do not let the engine cool down for a millisecond.
             self._at_once = len(received) == want
         records = merge.take(limit)
-        if records is None and merge.buffered:
+        if records is None and (merge.buffered or self._source.peers is not None):
             self._give_up_on_silent_lanes(elapsed_s)
         self._pause_and_resume()
         return records
@@ -737,12 +768,43 @@ class _Reader:
         """Return the release bound of the lane furthest behind that has more to come."""
         if not any(self._merge.waiting):
             return None
+        if self._horizon is None:
+            return NO_TIME, -1
         latest = self._merge.latest
+        limit = None if self._horizon == _NO_LIMIT else (self._horizon, len(self._order))
         # Lanes hold in the order of `bound`, so the first one that holds sets it.
         for index in np.argsort(latest, kind="stable").tolist():
             if self._holds(index):
-                return self._merge.bound((index,))
-        return None
+                bound = self._merge.bound((index,))
+                return bound if bound is None or limit is None else min(bound, limit)
+        return limit
+
+    def _next_time(self) -> int:
+        """Return the stream time before which nothing more is to come from here, as of now.
+
+        `NO_TIME`: not known yet; `_NO_LIMIT`: all partitions are at their end.
+        """
+        holding = [index for index in range(len(self._order)) if self._holds(index)]
+        return min(self._merge.next_times(holding), default=_NO_LIMIT)
+
+    def _say_where_it_begins(self, stream_time: int) -> None:
+        peers, leader = self._source.peers, self._leader
+        assert peers is not None and leader is not None
+        peers.begins(leader.name, len(self._lanes), leader.snapshots, stream_time)
+
+    def _ask_the_others(self) -> None:
+        """Set how far to go in this epoch, if all workers have said where they begin it."""
+        peers, leader = self._source.peers, self._leader
+        assert peers is not None and leader is not None
+        if not leader.snapshots:  # the first epoch: no snapshot has said it
+            at = self._next_time()
+            if at == NO_TIME and time.monotonic() < self._wait_until:
+                return
+            self._say_where_it_begins(max(0, at))
+        slowest = peers.slowest(leader.snapshots, self._listed)
+        if slowest is not None:
+            self._horizon = min(slowest, _NO_LIMIT - self._source.max_skew_ms)
+            self._horizon += self._source.max_skew_ms
 
     def _holds(self, index: int) -> bool:
         lane = self._order[index]
@@ -759,7 +821,7 @@ class _Reader:
     def _give_up_on_silent_lanes(self, elapsed_s: float) -> None:
         """Stop waiting for lanes that have kept the others waiting for `max_hold_s`."""
         stats, merge = self._source.stats, self._merge
-        stats.held_s += elapsed_s
+        stats.held_s += elapsed_s if merge.buffered else 0.0
         for index, lane in enumerate(self._order):
             if merge.waiting[index] or not self._holds(index):
                 lane.silent_s = 0.0

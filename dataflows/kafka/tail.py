@@ -11,7 +11,8 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from dataflows.kafka.topics import STARTUP_TIMEOUT_S, StartupError
+from dataflows.kafka.errors import StartupError
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S
 
 MOST_RECORDS = 5_000_000
 """Default bound of a tail, in records; each takes about 150 bytes until it is suppressed."""

@@ -11,6 +11,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 import dataflows.kafka.client_log  # noqa: F401  (for every client of the flow)
+from dataflows.kafka.errors import StartupError
 
 STARTUP_TIMEOUT_S = 30.0
 """Default bound of every look-up at start-up, in seconds."""
@@ -19,10 +20,6 @@ STARTUP_TIMEOUT_S = 30.0
 _TELL_AFTER_S = 2.0
 _CLIENT_MOST_RECORD_BYTES = 1_000_000  # librdkafka's default of message.max.bytes
 _logger = logging.getLogger(__name__)
-
-
-class StartupError(RuntimeError):
-    """Say why a flow cannot start: what was looked for, where, for how long, and what to do."""
 
 
 class _Client(Protocol):

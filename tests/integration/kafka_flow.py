@@ -4,6 +4,7 @@ Its settings are one JSON object in the environment variable KAFKA_FLOW.
 """
 
 import json
+import logging
 import os
 import time
 from typing import Any
@@ -13,7 +14,7 @@ from bytewax.dataflow import Dataflow
 
 from dataflows.kafka import peers
 from dataflows.kafka.records import OutRecords, Records
-from dataflows.kafka.sink import KafkaSink, output, poll_sinks
+from dataflows.kafka.sink import Guarantee, KafkaSink, output, poll_sinks
 from dataflows.kafka.source import KafkaSource, SourceTopic, install_drain_handlers
 from dataflows.recovery import launched, prepare
 
@@ -26,6 +27,7 @@ def forwarding_flow(
     consumer_config: dict[str, Any],
     group_id: str,
     work_s: float = 0.0,
+    delivery: Guarantee = "at_least_once",
     **source_options: Any,
 ) -> Dataflow:
     """Return a flow that copies records; `work_s` is what each batch costs on the way."""
@@ -60,11 +62,15 @@ def forwarding_flow(
     )
     records = op.input("records", flow, source)
     copies = op.flat_map_batch("forward", records, forward)
-    output("copies", copies, KafkaSink(output_topic, config))
+    sink = KafkaSink(
+        output_topic, config, delivery=delivery, consumer_config=consumer_config, owner=group_id
+    )
+    output("copies", copies, sink)
     return flow
 
 
 if "KAFKA_FLOW" in os.environ:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     settings = json.loads(os.environ["KAFKA_FLOW"])
     launch = launched()
     assert launch is not None and launch.directory is not None

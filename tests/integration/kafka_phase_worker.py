@@ -1,11 +1,11 @@
 """One process of a two-process cluster with unequal loads; see test_kafka_phase.py.
 
-Partition 0 is heavy: each of its batches takes 30 ms; one of partition 1 takes 1 ms. After its
-time the process that reads partition 1 writes a JSON list: the seconds at which it had a batch.
+Partition 0 is the heavy worker's, 1 the light one's. Each process appends a line to
+``<directory>/<partition>`` after each batch: the monotonic time in seconds, and how many events the
+batch had. When a file named ``stall`` appears in the directory, the heavy worker stands still once.
 """
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -18,24 +18,21 @@ from bytewax.testing import TestingSink, cluster_main
 from dataflows.kafka.records import Records
 from dataflows.kafka.source import KafkaSource, SourceTopic
 
-WORK_S = [0.03, 0.001]
-
 
 def main() -> None:
     """Run until killed."""
     options = json.loads(sys.argv[1])
-    at: list[float] = []
+    directory = Path(options["directory"])
+    stall = directory / "stall"
 
     def work(records: Records) -> int:
         partition = int(records.partition[0])
-        time.sleep(WORK_S[partition])
-        if partition == 1:
-            at.append(time.monotonic())
-            if at[-1] - at[0] > options["seconds"]:
-                staged = Path(options["result"] + ".new")
-                staged.write_text(json.dumps([moment - at[0] for moment in at]))
-                staged.rename(options["result"])
-                os._exit(0)
+        time.sleep(options["event_s"][partition] * len(records))
+        with (directory / str(partition)).open("a") as file:
+            file.write(f"{time.monotonic()} {len(records)}\n")
+        if partition == 0 and stall.exists():
+            stall.unlink()
+            time.sleep(options["stall_s"])
         return len(records)
 
     flow = Dataflow("phase")
@@ -43,7 +40,7 @@ def main() -> None:
         [SourceTopic(options["topic"], "at")],
         options["consumer_config"],
         group_id="phase",
-        batch_size=1,
+        batch_size=options["batch_size"],
         phase_keeping=options["phase_keeping"],
     )
     counts = op.map("work", op.input("records", flow, source), work)

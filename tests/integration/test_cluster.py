@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 
 from dataflows.settings import Settings
+from features import profiles
 from features.fraud import FRAUD
 from tests.chaos import check
-from tests.chaos.conftest import assets, replayed  # noqa: F401
-from tests.chaos.harness import DAY_MS, Assets, _free_port, events
+from tests.chaos.harness import HOUR_MS, Assets, _free_port, events
 from tests.chaos.load import Item
+from tests.handbook_day import DAY, replayed  # noqa: F401
 from tests.integration.flow import (  # noqa: F401
     PARTITIONS,
     FlowEnv,
     Sent,
+    feast_repo,
     flow_env,
     send,
+    sources_of,
     tiny_feast,
     tiny_model,
 )
@@ -126,38 +129,41 @@ def start() -> Iterator[Start]:
 
 # Rescaling the fraud flow
 
-#: How long before the first transaction that it counts for each fraud report comes, stream time.
-MARGIN_MS = DAY_MS
+#: How long before the first transaction that it counts for each fraud report comes, stream time:
+#: `max_skew_ms` of the source.
+MARGIN_MS = 6 * HOUR_MS
 #: Processes of each life, and which of them is told to drain.
 LIVES = ((1, 0), (3, 2), (2, 0))
 OUTPUTS = ("predictions", "audit", "dead_letters")
 
 
 def test_rescaling_loses_doubles_and_changes_nothing(
-    assets: Assets,  # noqa: F811
     kafka: TestBroker,
+    handbook_dir: Path,
+    replayed: Path,  # noqa: F811
     flow_env: FlowEnv,  # noqa: F811
     tmp_path: Path,
     start: Start,
 ) -> None:
     """1 process, drained, 3, drained, 2: as one uninterrupted process, and as the replay.
 
-    A day of the handbook. Partitions of different processes are not kept together in stream time,
-    so a report that comes less than that distance before the first transaction it counts for may
-    be overtaken by it. Here the distance is a day at most, and such reports are left out.
+    A day of the handbook. Processes may be `MARGIN_MS` apart in stream time, so a transaction may
+    overtake a report that comes later than that before the deadline of seven days. Such reports,
+    if the day has a transaction that they count for, are left out.
     """
-    sent = events(assets, 1, MARGIN_MS)
+    feast = feast_repo(handbook_dir, DAY, handbook_dir.name + sources_of(profiles))
+    state, model = replayed / "state", Path(flow_env.variables["MODEL_DIR"])
+    sent = events(Assets(kafka, handbook_dir, DAY, state, model, feast), 1, MARGIN_MS)
     ids = {str(item.event_id) for item in sent if item.topic == "transactions"}
     assert len(ids) > 9_000 and len(sent) - len(ids) > 50
     flow_env.variables |= {
         "DELIVERY": "exactly_once",
         "AUDIT_SHARE": "1",
-        "STATE_DIR": str(assets.state),
-        "FEAST_REPO": str(assets.feast),
+        "STATE_DIR": str(state),
+        "FEAST_REPO": str(feast),
     }
     parts = np.array_split(np.arange(len(sent)), 2 * len(LIVES))
     account: Counter[str] = Counter()
-    audited = 0
     for life, (processes, signalled) in enumerate(LIVES):
         down, running = parts[2 * life : 2 * life + 2]
         produce(flow_env, [sent[n] for n in down])
@@ -166,33 +172,42 @@ def test_rescaling_loses_doubles_and_changes_nothing(
         cluster.await_reading(PARTITIONS["transactions"] + PARTITIONS["fraud_reports"])
         for few in np.array_split(running, 5):
             produce(flow_env, [sent[n] for n in few])
-        last = life == len(LIVES) - 1
-        wanted = len(ids) if last else audited + len(down) // 2
-        await_that(lambda n=wanted: flow_env.count("audit") >= n, f"{wanted} scored", 90)  # type: ignore[misc]
+        wanted = len(sent) if life == len(LIVES) - 1 else down[len(down) // 2]
+        await_that(lambda n=wanted: progress(flow_env) >= n, f"{wanted} events are read", 90)  # type: ignore[misc]
         assert cluster.drain(signalled) == [0] * processes, cluster.said()
         assert "Traceback" not in cluster.said()
         account += balance(cluster, flow_env.topics["transactions"])
-        audited = flow_env.count("audit")
-        print(f"{cluster.reading()} of {processes} have partitions; {audited} scored so far")
+        print(f"{cluster.reading()} of {processes} read, to {progress(flow_env)} of {len(sent)}")
     assert account["read"] == account["scored"] == len(ids)
 
     vectors = once_each(flow_env.broker, flow_env.topics, ids)
 
     # The same records, by one process in one life, into topics of its own.
     outputs = {name: kafka.topic(f"single_{name}", PARTITIONS[name]) for name in OUTPUTS}
-    variables = {**flow_env.variables, "GROUP_ID": "single"}
-    variables |= {f"{name.upper()}_TOPIC": topic for name, topic in outputs.items()}
-    single = start("dataflows.fraud", variables, tmp_path / "single", 1)
-    await_that(lambda: len(kafka.read(outputs["audit"])) >= len(ids), "all is scored", 120)
+    flow_env.variables |= {f"{name.upper()}_TOPIC": topic for name, topic in outputs.items()}
+    flow_env.variables["GROUP_ID"] += "_single"
+    single = start("dataflows.fraud", flow_env.variables, tmp_path / "single", 1)
+    await_that(lambda: progress(flow_env) == len(sent), "all events are read", 120)
     assert single.drain(0) == [0], single.said()
     assert differing(vectors, once_each(kafka, outputs, ids)) == {}
-    assert differing(vectors, check.replayed(sent, assets.state)) == {}
+    assert differing(vectors, check.replayed(sent, state)) == {}
 
 
 def produce(env: FlowEnv, items: Sequence[Item]) -> None:
     """Send events in order, keyed and partitioned as in production."""
     records = [Sent(env.topics[item.topic], item.value, item.key) for item in items]
     send(env.broker, records, partitioner="murmur2_random", **{"enable.idempotence": True})
+
+
+def progress(env: FlowEnv) -> int:
+    """Return how many events have been read in epochs that are stored."""
+    return sum(
+        max(offset, 0)
+        for name in ("transactions", "fraud_reports")
+        for offset in env.broker.committed(
+            env.variables["GROUP_ID"], env.topics[name], PARTITIONS[name]
+        )
+    )
 
 
 def balance(cluster: Cluster, topic: str) -> Counter[str]:
@@ -235,3 +250,95 @@ def differing(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> dict
         if names := [n for n, (a, b) in zip(FRAUD.names, pairs, strict=True) if a != b]:
             wrong[key] = names
     return wrong
+
+
+# Idle workers, and processes that die
+
+EVENTS = 3_000
+
+
+class Copies:
+    """`tests.integration.kafka_flow`, exactly once, on topics and a recovery store of its own.
+
+    Each batch of 10 events takes 10 ms.
+    """
+
+    def __init__(self, kafka: TestBroker, start: Start, directory: Path, partitions: int) -> None:
+        self.kafka, self.start, self.directory = kafka, start, directory
+        self.partitions = partitions
+        self.events, self.copies = kafka.topic("events", partitions), kafka.topic("copies", 2)
+        records = [(n % partitions, b"key%d" % (n % 50), b'{"at": %d}' % n) for n in range(EVENTS)]
+        kafka.produce(self.events, records)
+        self.settings = {
+            "topics": [self.events],
+            "output_topic": self.copies,
+            "config": kafka.config,
+            "consumer_config": kafka.consumer_config,
+            "group_id": f"group_{self.copies}",
+            "delivery": "exactly_once",
+            "batch_size": 10,
+            "work_s": 0.01,
+        }
+
+    def run(self, processes: int) -> Cluster:
+        """Start a life; return it when it copies."""
+        before = len(self.ids())
+        variables = {"KAFKA_FLOW": json.dumps(self.settings)}
+        module = "tests.integration.kafka_flow"
+        cluster = self.start(module, variables, self.directory / "recovery", processes)
+        cluster.await_reading(self.partitions)
+        await_that(lambda: len(self.ids()) > before, "it copies", 60)
+        return cluster
+
+    def ids(self) -> list[bytes]:
+        found = [
+            dict(message.headers() or [])["event_id"] for message in self.kafka.read(self.copies)
+        ]
+        return [each for each in found if each is not None]
+
+    def check(self) -> None:
+        """Check that each event has one copy."""
+        expected = {
+            f"{self.events}/{p}/{n}".encode()
+            for p in range(self.partitions)
+            for n in range(EVENTS // self.partitions)
+        }
+        assert {each: n for each, n in Counter(self.ids()).items() if n != 1} == {}
+        assert set(self.ids()) == expected
+
+
+#: How soon a process ends when another one has died, seconds; it is under one on a quiet machine.
+SOON_S = 10.0
+
+
+def test_workers_without_partitions(kafka: TestBroker, start: Start, tmp_path: Path) -> None:
+    """Three processes, one partition: a kill of any ends all, a signal to any drains all."""
+    copies = Copies(kafka, start, tmp_path, partitions=1)
+    for victim in ("idle", "reading"):
+        cluster = copies.run(3)
+        (reader,) = cluster.reading()
+        cluster.processes[reader if victim == "reading" else (reader + 1) % 3].kill()
+        assert 0 not in cluster.wait(SOON_S), cluster.said()
+    cluster = copies.run(3)
+    (reader,) = cluster.reading()
+    assert cluster.drain((reader + 2) % 3) == [0, 0, 0], cluster.said()
+    assert "Traceback" not in cluster.said()
+    # Drained, it may go on with any number.
+    cluster = copies.run(2)
+    await_that(lambda: len(copies.ids()) >= EVENTS, "all is copied", 60)
+    assert cluster.drain(0) == [0, 0], cluster.said()
+    copies.check()
+
+
+def test_a_process_that_dies_ends_the_others_and_all_start_again(
+    kafka: TestBroker, start: Start, tmp_path: Path
+) -> None:
+    copies = Copies(kafka, start, tmp_path, partitions=4)
+    for victim in (0, 2):
+        cluster = copies.run(3)
+        cluster.processes[victim].kill()
+        assert 0 not in cluster.wait(SOON_S), cluster.said()
+    cluster = copies.run(3)
+    await_that(lambda: len(copies.ids()) >= EVENTS, "all is copied", 60)
+    assert cluster.drain(1) == [0, 0, 0], cluster.said()
+    copies.check()

@@ -23,8 +23,7 @@ from bytewax.testing import run_main
 from confluent_kafka import Message
 
 from dataflows.kafka.dev_broker import CONSUMER_CONFIG, DevBroker
-from dataflows.kafka.source import SourceError
-from dataflows.kafka.topics import StartupError
+from dataflows.kafka.errors import SourceError, StartupError
 from tests.integration.kafka_flow import forwarding_flow
 from tests.kafka.client import TestBroker, await_that
 

@@ -12,12 +12,12 @@ from confluent_kafka import KafkaError, Message
 
 from dataflows.kafka.dead_letter import reason_headers
 from dataflows.kafka.dev_broker import DevBroker
+from dataflows.kafka.errors import DeliveryError, StartupError
 from dataflows.kafka.partitioner import partitions_of
-from dataflows.kafka.producers import Delivery, DeliveryError
+from dataflows.kafka.producers import Delivery
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, poll_sinks
-from dataflows.kafka.topics import StartupError
 from tests.integration.conftest import TestBroker
 
 PRODUCE = 0  # Kafka's API key

@@ -16,9 +16,9 @@ from bytewax.inputs import AbortExecution
 from confluent_kafka import KafkaError, Message, TopicPartition
 
 from dataflows.kafka import source as module
+from dataflows.kafka.errors import SourceError, StartupError
 from dataflows.kafka.records import Records
-from dataflows.kafka.source import KafkaSource, SourceError, SourceTopic
-from dataflows.kafka.topics import StartupError
+from dataflows.kafka.source import KafkaSource, SourceTopic
 
 INTERVAL = 10
 TOPICS = [SourceTopic("reports", "report_time"), SourceTopic("transactions", "event_time")]
