@@ -42,7 +42,7 @@ def graph(run: Runtime) -> Dataflow:
     asking = answered("answered", terminal, FRAUD, SOURCES, run.topics)
     profiled = lookup("profiles", asking, run.store, PROFILES)
     scored = score("score", profiled, FRAUD, run.scorer, run.thresholds, run.reasons)
-    predictions = encode("encode", scored, FRAUD, run.scorer.version)
+    predictions = encode("encode", scored, FRAUD, run.scorer.version, run.topics)
     audited = audit("sample", scored, FRAUD, run.scorer.version, run.topics, run.audit_share)
     too_large = output("predictions", predictions, run.predictions)
     unaudited = output("audit", audited, run.audit)

@@ -45,6 +45,7 @@ from bytewax.dataflow import Dataflow
 from bytewax.recovery import init_db_dir
 
 from dataflows.kafka.peers import Peers
+from dataflows.kafka.sink import check_state
 from dataflows.kafka.topics import part_name
 from features.seen import SeenIds
 from features.windows import Layout, WindowState
@@ -537,12 +538,12 @@ class _Step(NamedTuple):
     Attributes:
         keys: the partitions of an input or output; None: any key.
         what: what it does with them, for the error.
-        check: raises ValueError unless bytes fit the step.
+        check: raises ValueError unless a value fits the step.
     """
 
     keys: frozenset[str] | None
     what: str
-    check: Callable[[bytes], object] | None
+    check: Callable[[Any], object] | None
 
 
 @dataclass(frozen=True)
@@ -571,8 +572,8 @@ def check(
         directory: the store.
         flow: the graph, laid.
         partitions: topic → number of partitions, of all topics the flow reads or writes.
-        optional: ids of steps that the flow can be run without, for instance ``fraud.seen.state``;
-            what they have stored stays, and is warned about.
+        optional: ids of steps that the flow can be run without; what they have stored stays, and
+            is warned about.
 
     Raises:
         RecoveryError: naming part, step and key, and saying what to do.
@@ -593,7 +594,7 @@ def check(
         elif step.keys is not None and snapshot.key not in step.keys:
             raise RecoveryError(_unknown_partition(snapshot, step))
         elif step.check is not None and value is not None:
-            _check_bytes(snapshot, value, step.check)
+            _check_value(snapshot, value, step.check)
     for step_id in sorted(switched_off):
         log.warning(
             "the recovery store has state of a step that is switched off; switched on again, it "
@@ -607,7 +608,7 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
     def names(topics: Collection[str]) -> frozenset[str]:
         return frozenset(part_name(t, p) for t in topics for p in range(partitions[t]))
 
-    def walk(steps: Any, fits: Callable[[bytes], object] | None) -> Iterator[tuple[str, _Step]]:
+    def walk(steps: Any, fits: Callable[[Any], object] | None) -> Iterator[tuple[str, _Step]]:
         for step in steps:
             kind = type(step).__name__
             if kind == "windows":
@@ -621,7 +622,7 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
                 read = names([topic.name for topic in step.source.topics])
                 yield step.step_id, _Step(read, "read", None)
             elif kind == "output":
-                yield step.step_id, _Step(names([step.sink.topic]), "written", None)
+                yield step.step_id, _Step(names([step.sink.topic]), "written", check_state)
             elif kind == "stateful_batch":
                 yield step.step_id, _Step(None, "", fits)
 
@@ -652,15 +653,15 @@ def _unknown_partition(snapshot: Snapshot, step: _Step) -> str:
     )
 
 
-def _check_bytes(snapshot: Snapshot, value: Any, check: Callable[[bytes], object]) -> None:
+def _check_value(snapshot: Snapshot, value: Any, check: Callable[[Any], object]) -> None:
     where = f"{snapshot.part}, step {snapshot.step_id!r}, key {snapshot.key!r}"
-    if not isinstance(value, bytes):
-        raise RecoveryError(
-            f"{where}: the snapshot is {type(value).__name__}, not bytes. Run the version that "
-            f"wrote it, or {_NEW_DIRECTORY}"
-        )
     try:
         check(value)
+    except (AttributeError, TypeError):
+        raise RecoveryError(
+            f"{where}: the snapshot is {type(value).__name__}, which is not what it was meant to "
+            f"be. Run the version that wrote it, or {_NEW_DIRECTORY}"
+        ) from None
     except (ValueError, KeyError, msgspec.MsgspecError) as error:
         raise RecoveryError(
             f"{where}: {error}. Run the version (and SHARDS) that wrote it, or {_NEW_DIRECTORY}"

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         5_000_000,
         ge=0,
         le=1_000_000_000,
-        description="Most published records compared at start, exactly_once (150 bytes each)",
+        description="Most published records compared at start, exactly_once (300 bytes each)",
     )
     message_timeout_s: float = Field(
         60, gt=1, le=3600, description="How long an outage of the brokers is waited out (s)"

@@ -52,7 +52,8 @@ SLACK = 0.25
 #: Longest horizon: the snapshot keeps ages as 32-bit milliseconds.
 MAX_HORIZON_MS = 7 * 86_400_000
 
-#: Fingerprint of a business id and its type: 96 of its 128 bits tell ids apart.
+#: Fingerprint of a business id and its type: 96 of its 128 bits tell ids apart; the rest
+#: may choose a shard.
 FINGERPRINT = np.dtype([("word", "<u8"), ("tail", "<u4"), ("rest", "<u4")])
 
 _BLOCK = 15  # the clock is moved by medians of this many broker times

@@ -179,7 +179,9 @@ def dead_letters(
         times.append(timestamp)
         ids.append(f"{topic}/{partition}/{offset}".encode())
         headers.append(kept + reason_headers(reason, detail, topic, partition, offset, timestamp))
-    return OutRecords(keys, values, np.array(times, dtype=np.int64), ids, headers=headers)
+    return OutRecords(
+        keys, values, np.array(times, dtype=np.int64), ids, origins=ids, headers=headers
+    )
 
 
 def _is_kept(name: str) -> bool:

@@ -9,9 +9,9 @@ ever: **exactly once** for readers of committed records, given the rules below.
    transaction and locks the predecessor out, and only then reads what was published since the
    snapshot (`dataflows.kafka.tail`). In the other order a zombie could publish between the two.
 2. *Suppress by event id.* A record whose id is in that tail is not written again; each id as many
-   times as it was published. Ids that have not come again by the next snapshot are kept in it
-   (`pending`): an epoch that is computed again need not end where the first one did, so the events
-   they belong to may still lie ahead.
+   times as it was published. What has not come again by the next snapshot is kept in it
+   (`pending`): an epoch that is computed again need not end where the first one did, so its events
+   may still lie ahead. What can no longer come is forgotten.
 3. *Confirm before the snapshot.* `confirm` returns once everything written is committed, so a
    snapshot never claims what Kafka does not have. What is committed and not yet in a snapshot is
    what the next owner finds in the tail.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import get_ident
@@ -40,7 +40,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from dataflows.kafka.errors import DeliveryError
 from dataflows.kafka.records import OutRecords
-from dataflows.kafka.tail import Tail
+from dataflows.kafka.tail import Published, Tail
 
 PRODUCER_DEFAULTS: Mapping[str, Any] = {
     "linger.ms": 1,
@@ -105,8 +105,8 @@ class Writer(Protocol):
     next_offset: int
 
     @property
-    def pending(self) -> Mapping[bytes, int]:
-        """Ids published before `next_offset` whose events have yet to come, and how often."""
+    def pending(self) -> bytes:
+        """What was published before `next_offset`, its events yet to come; see `Published.pack`."""
 
     def write(self, batch: OutRecords) -> None:
         """Take the records; wait only if there is no room for more."""
@@ -208,8 +208,8 @@ class IdempotentWriter:
         self._failures: list[KafkaError] = []
 
     @property
-    def pending(self) -> Mapping[bytes, int]:
-        return {}
+    def pending(self) -> bytes:
+        return b""
 
     # One call per record from here to `_reported`: nothing that can wait is done here.
 
@@ -221,10 +221,9 @@ class IdempotentWriter:
             self._reported,
         )
         now_ms = time.time() * 1000
-        plain = batch.origins is None and batch.headers is None
         self._sent.append((batch, now_ms))
-        for row, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
-            headers: Any = [("event_id", batch.event_ids[row])] if plain else batch.headers_of(row)
+        rows = zip(batch.keys, batch.values, batch.each_headers(), strict=True)
+        for key, value, headers in rows:
             try:
                 produce(topic, value, key, partition, report, None, 0, headers)
             except BufferError:
@@ -312,6 +311,7 @@ class TransactionalWriter:
         topic, partition: where to; nobody else may write there.
         config: librdkafka producer settings, over `PRODUCER_DEFAULTS`.
         transactional_id: the partition's, the same in every life and process.
+        predecessor: the one that an earlier life had, if another; it is fenced too. Empty: none.
         tail: what reads the records published since the last snapshot; called once the
             predecessor is locked out.
         transaction_s: how long a transaction stays open at most, in seconds.
@@ -328,6 +328,7 @@ class TransactionalWriter:
         config: Mapping[str, Any],
         *,
         transactional_id: str,
+        predecessor: str = "",
         tail: Callable[[], Tail],
         transaction_s: float,
     ) -> None:
@@ -343,10 +344,9 @@ class TransactionalWriter:
         merged.setdefault(
             "transaction.timeout.ms", int(merged["message.timeout.ms"]) + _TRANSACTION_MARGIN_MS
         )
-        self._producer = Producer(
-            {**merged, "transactional.id": transactional_id},
-            logger=logging.getLogger("librdkafka"),
-        )
+        self._config = merged
+        self._predecessor = predecessor if predecessor != transactional_id else ""
+        self._producer = self._new_producer(transactional_id)
         # Everything below is guarded by the condition, except that `_open` is the thread's own
         # while `_busy` is set.
         self._changed = threading.Condition()
@@ -356,7 +356,7 @@ class TransactionalWriter:
         self._commit_at = float("inf")  # monotonic seconds
         self._waiting: deque[OutRecords] = deque()
         self._waiting_rows = 0
-        self._published: Counter[bytes] = Counter()
+        self._published = Published()
         self._suppressed = 0
         self._committed: list[tuple[list[OutRecords], float]] = []  # with the wall clock, in ms
         self._failure: BaseException | None = None
@@ -366,11 +366,15 @@ class TransactionalWriter:
         )
         self._thread.start()
 
+    def _new_producer(self, transactional_id: str) -> Producer:
+        config = {**self._config, "transactional.id": transactional_id}
+        return Producer(config, logger=logging.getLogger("librdkafka"))
+
     # The worker's side
 
     @property
-    def pending(self) -> Mapping[bytes, int]:
-        return self._published
+    def pending(self) -> bytes:
+        return self._published.pack()
 
     def write(self, batch: OutRecords) -> None:
         with self._changed:
@@ -418,6 +422,8 @@ class TransactionalWriter:
                 ),
             )
             self._confirming = False
+            if self._published:
+                self._published.forget_passed()
 
     def begin_confirm(self) -> None:
         with self._changed:
@@ -466,14 +472,12 @@ class TransactionalWriter:
 
     def _unpublished(self, batch: OutRecords) -> OutRecords:
         """Return the rows that no earlier life has published; forget those that one has."""
-        keep: list[int] = []
-        for row, event_id in enumerate(batch.event_ids):
-            if event_id in self._published:
-                self._published[event_id] -= 1
-                if not self._published[event_id]:
-                    del self._published[event_id]
-            else:
-                keep.append(row)
+        origins = batch.origins or [b""] * len(batch)
+        keep = [
+            row
+            for row, (event_id, origin) in enumerate(zip(batch.event_ids, origins, strict=True))
+            if not self._published.take(event_id, origin)
+        ]
         self._suppressed += len(batch) - len(keep)
         return batch if len(keep) == len(batch) else batch.take(np.array(keep, dtype=np.intp))
 
@@ -484,10 +488,9 @@ class TransactionalWriter:
         whole transaction.
         """
         produce, topic, partition = self._producer.produce, self._topic, self._partition
-        plain = batch.origins is None and batch.headers is None
         last = len(batch) - 1
-        for row, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
-            headers: Any = [("event_id", batch.event_ids[row])] if plain else batch.headers_of(row)
+        rows = zip(batch.keys, batch.values, batch.each_headers(), strict=True)
+        for row, (key, value, headers) in enumerate(rows):
             report = self._reported if row == last else None
             deadline: float | None = None
             while True:
@@ -530,7 +533,7 @@ class TransactionalWriter:
         self._fence()
         tail = self._read_tail()
         with self._changed:
-            self._published = tail.event_ids
+            self._published = tail.published
             self.next_offset = tail.next_offset
             self._become_ready()
 
@@ -556,6 +559,9 @@ class TransactionalWriter:
 
     def _fence(self) -> None:
         """Lock the predecessor out, and end its transaction."""
+        if self._predecessor:
+            former = self._new_producer(self._predecessor)
+            self._persist(former.init_transactions, "could not be taken over")
         self._persist(self._producer.init_transactions, "could not be taken over")
 
     def _commit(self) -> None:
@@ -574,7 +580,10 @@ class TransactionalWriter:
                 self._partition,
                 reason.str(),
             )
-            self._persist(self._producer.abort_transaction, "could not be aborted")
+            try:
+                self._persist(self._producer.abort_transaction, "could not be aborted")
+            except KafkaException as error:
+                raise DeliveryError(self._explain(error.args[0], "could not be aborted")) from error
             time.sleep(pause_s)
             pause_s *= 2
             self._begin()

@@ -5,7 +5,7 @@ Both are micro-batches, so that Bytewax's price per item is paid once for hundre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -61,7 +61,8 @@ class OutRecords:
             the start of its end-to-end latency. Negative: unknown, not measured.
         event_ids: business identity of the cause, sent as header ``event_id``. It is stable across
             replays, which is what exactly-once output compares.
-        origins: optional ``topic/partition/offset`` of the cause, sent as header ``origin``.
+        origins: optional ``topic/partition/offset`` of the cause, sent as header ``origin``; what
+            exactly-once output forgets its earlier publications by.
         headers: optional further headers of each record.
 
     >>> out = OutRecords([b"a", b"b"], [b"1", None], np.array([0, 0]), [b"tx1", b"tx2"])
@@ -130,6 +131,15 @@ class OutRecords:
                 for row in self.headers
             ]
         return sizes + _BYTES_A_RECORD
+
+    def each_headers(self) -> Iterator[Any]:
+        """Yield the headers that each record is sent with, in order."""
+        if self.headers is not None:
+            return map(self.headers_of, range(len(self)))
+        if self.origins is None:
+            return ([("event_id", event_id)] for event_id in self.event_ids)
+        pairs = zip(self.event_ids, self.origins, strict=True)
+        return ([("event_id", event_id), ("origin", origin)] for event_id, origin in pairs)
 
     def headers_of(self, row: int) -> list[Header]:
         """Return every header that the record of `row` is sent with."""

@@ -7,11 +7,14 @@ recovered flow never believes in a record that Kafka does not have. After a cras
 was open is computed again: written again with the same event ids (at least once), or compared with
 what was published of it (exactly once).
 
-The recovery state of a partition is (format, offset, partitions, pending): the offset after its
-last record, where a new owner begins to read what was published later; the number of partitions of
-the topic, which must not change while an epoch is open, because keys would move; and the ids of
-earlier publications that have yet to be suppressed, in msgpack, empty unless the flow is catching
-up after a crash.
+The recovery state of a partition is (format, offset, partitions, pending, owner): the offset after
+its last record, where a new owner begins to read what was published later; the number of partitions
+of the topic, which must not change while an epoch is open, because keys would move; what was
+published before and has yet to be suppressed (`Published.pack`), empty unless the flow is catching
+up after a crash; and whose transactional id to fence, if that has changed since.
+
+At a life's first batch every partition is written to, be it with nothing: each is then taken over
+at once, not when its first record comes, and is in the first snapshot.
 
 What is too large for the topic never reaches a writer: `output` returns it as dead letters.
 """
@@ -26,7 +29,6 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
 import bytewax.operators as op
-import msgspec
 import numpy as np
 from bytewax.dataflow import Stream, operator
 from bytewax.operators import KeyedStream
@@ -54,11 +56,25 @@ from dataflows.kafka.topics import (
 PREDICTION_TOO_LARGE = "prediction_too_large"
 
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once", "exactly_once"]
-SinkState: TypeAlias = tuple[int, int, int, bytes]
+SinkState: TypeAlias = tuple[int, int, int, bytes, str]
 
-_FORMAT = 1
+_FORMAT = 2
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
 _logger = logging.getLogger(__name__)
+
+
+def check_state(value: Any) -> SinkState:
+    """Return the recovery state of a sink partition; ValueError if this version cannot read it."""
+    match value:
+        case (int(version), int(offset), int(partitions), bytes(pending), str(owner)) if (
+            version == _FORMAT
+        ):
+            return version, offset, partitions, pending, owner
+        case (int(written_by), *_) if written_by != _FORMAT:
+            found = f"format {written_by}"
+        case _:
+            found = f"no format ({type(value).__name__})"
+    raise ValueError(f"the state of an output partition has {found}, this version reads {_FORMAT}")
 
 
 class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
@@ -115,6 +131,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         self._startup_timeout_s = startup_timeout_s
         self._partitions = 0
         self._most_bytes = 0
+        self._woken = False
 
     def __repr__(self) -> str:
         # Bytewax writes step reprs to files and to its API: no configuration, it holds secrets.
@@ -154,14 +171,12 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
     ) -> _SinkPartition:
         """Build the writer of one partition; StartupError if the state is of another format."""
         partition = int(for_part.rpartition("/")[2])
-        start, count, pending = None, self.partitions, b""
+        start, count, pending, owner = None, self.partitions, b"", self._owner
         if resume_state is not None:
-            if resume_state[0] != _FORMAT:
-                raise StartupError(
-                    f"the recovery store holds {for_part} in format {resume_state[0]}, this "
-                    f"version knows {_FORMAT}: run the version that wrote it"
-                )
-            _, start, count, pending = resume_state
+            try:
+                _, start, count, pending, owner = check_state(resume_state)
+            except ValueError as error:
+                raise StartupError(f"the recovery store, {for_part}: {error}") from None
         writer: Writer
         if self._delivery == "exactly_once":
             writer = TransactionalWriter(
@@ -169,13 +184,16 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
                 partition,
                 self._config,
                 transactional_id=f"{self._owner}.{self.topic}.{partition}",
+                # A life under another name may still be about.
+                predecessor=f"{owner}.{self.topic}.{partition}" if owner else "",
                 tail=partial(self._tail, partition, start, count, pending),
                 transaction_s=self._transaction_s,
             )
         else:
             next_offset = -1 if start is None else start
             writer = IdempotentWriter(self.topic, partition, self._config, next_offset)
-        return _SinkPartition(writer, self.partitions, self._observe)
+        owner = self._owner if self._delivery == "exactly_once" else ""
+        return _SinkPartition(writer, self.partitions, owner, self._observe)
 
     def _tail(self, partition: int, start: int | None, count: int, pending: bytes) -> Tail:
         address = {"bootstrap.servers": self._config["bootstrap.servers"]}
@@ -188,12 +206,11 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             most_records=self._tail_max_records,
             timeout_s=self._startup_timeout_s,
         )
-        if pending:
-            tail.event_ids.update(msgspec.msgpack.decode(pending, type=dict[bytes, int]))
-        if tail.event_ids and count != self.partitions:
+        tail.published.unpack(pending)
+        if tail.published and count != self.partitions:
             raise StartupError(
                 f"{self.topic} had {count} partitions and has {self.partitions}, and "
-                f"{tail.event_ids.total()} records were published to partition {partition} after "
+                f"{len(tail.published)} records were published to partition {partition} after "
                 "the last snapshot: their keys have moved, so they cannot be told from new ones. "
                 "Drain the flow before partitions are added. To go on now, accepting that these "
                 "may come twice, start once with DELIVERY=at_least_once"
@@ -208,6 +225,10 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         """
         items: list[tuple[str, OutRecords] | OutRecords] = []
         count = self.partitions
+        if not self._woken and batches:
+            self._woken = True
+            nothing = batches[0].take(np.empty(0, dtype=np.intp))
+            items += [(str(partition), nothing) for partition in range(count)]
         for whole in batches:
             batch, refused = self._fitting(whole)
             if refused is not None:
@@ -289,10 +310,15 @@ def output(step_id: str, up: Stream[OutRecords], sink: KafkaSink) -> Stream[OutR
 
 class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
     def __init__(
-        self, writer: Writer, partitions: int, observe: Callable[[Delivery], None] | None
+        self,
+        writer: Writer,
+        partitions: int,
+        owner: str,
+        observe: Callable[[Delivery], None] | None,
     ) -> None:
         self._writer = writer
         self._partitions = partitions
+        self._owner = owner
         self._observe = observe
         self._thread = get_ident()
         _open_partitions.setdefault(self._thread, WeakSet()).add(self)
@@ -310,7 +336,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
             self._observe(delivery)
 
     def snapshot(self) -> SinkState:
-        """Return (format, offset, partitions, pending), once all records are delivered.
+        """Return the partition's `SinkState`, once all records are delivered.
 
         Raises:
             DeliveryError: Something is still outstanding after ``message.timeout.ms`` and 5 s.
@@ -319,9 +345,8 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
             other._writer.begin_confirm()
         self._writer.confirm()
         self.settle()
-        pending = self._writer.pending
-        packed = msgspec.msgpack.encode(dict(pending)) if pending else b""
-        return _FORMAT, self._writer.next_offset, self._partitions, packed
+        writer = self._writer
+        return _FORMAT, writer.next_offset, self._partitions, writer.pending, self._owner
 
     def close(self) -> None:
         """Give up what is outstanding: without a snapshot the epoch is computed again anyway."""

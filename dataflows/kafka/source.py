@@ -88,6 +88,8 @@ _GUARANTEES: Mapping[str, Any] = {
 }
 #: Later than all stream times: how far a worker may go that waits for no other.
 _NO_LIMIT = np.iinfo(np.int64).max
+_FIRST = "first"  # metadata of a group offset at which nothing has been read yet
+_NOT_KEPT = -1  # for an offset, in the snapshots of at most once
 _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
@@ -445,7 +447,7 @@ class _Reader:
             self._codes,
             timeout_s=source.startup_timeout_s,
         )
-        self._listed = sum(counts.values())
+        self._counts, self._listed = counts, sum(counts.values())
         return [
             part_name(topic, partition)
             for topic, count in counts.items()
@@ -459,6 +461,8 @@ class _Reader:
                 "Bytewax 0.21.1, which does not. Run with that version"
             )
         topic, _, partition = name.rpartition("/")
+        if resume_offset == _NOT_KEPT:
+            resume_offset = None
         self._lanes[name] = _Lane(name, topic, self._codes[topic], int(partition), resume_offset)
         self._parts += 1
         return _Part(name, self)
@@ -519,17 +523,24 @@ class _Reader:
         The end that the first life found is committed to the group, later lives ask for it.
         """
         new = [lane for lane in self._order if lane.resume_offset is None]
-        ends = {lane.name: high for lane, (_, high) in zip(self._order, watermarks, strict=True)}
+        bounds = {lane.name: both for lane, both in zip(self._order, watermarks, strict=True)}
+        every = [
+            TopicPartition(topic, n) for topic, count in self._counts.items() for n in range(count)
+        ]
         try:
-            asked = [TopicPartition(lane.topic, lane.partition) for lane in new]
-            known = self._consumer.committed(asked, timeout=max(0.1, deadline - time.monotonic()))
+            found = self._consumer.committed(every, timeout=max(0.1, deadline - time.monotonic()))
+            known = {part_name(at.topic, at.partition): at.offset for at in found if at.offset >= 0}
+            # Of a topic that was read before, a partition without an offset has been added since.
+            old = {lane.topic for lane in self._order if lane.resume_offset is not None}
+            old |= {at.topic for at in found if at.offset >= 0 and at.metadata != _FIRST}
             offsets = [
                 TopicPartition(
                     lane.topic,
                     lane.partition,
-                    found.offset if found.offset >= 0 else ends[lane.name],
+                    known.get(lane.name, bounds[lane.name][lane.topic not in old]),
+                    metadata=_FIRST,
                 )
-                for lane, found in zip(new, known, strict=True)
+                for lane in new
             ]
             self._consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
@@ -633,6 +644,8 @@ class _Reader:
         if lane is leader and self._phase is not None:
             self._phase.snapshot()
         self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
+        if not self._source.keep_offsets:
+            return _NOT_KEPT
         return int(self._merge.emitted[self._index[part.name]])
 
     def _epoch_is_durable(self, leader: str, epoch: int) -> None:

@@ -4,32 +4,97 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S
 
 MOST_RECORDS = 5_000_000
-"""Default bound of a tail, in records; each takes about 150 bytes until it is suppressed."""
+"""Default bound of a tail, in records; each takes some 300 bytes until it has come again."""
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """What a partition holds after an offset.
+class Published:
+    """The records of an output partition that its next owner must not write again.
 
-    Attributes:
-        event_ids: how often each event id (header ``event_id``) was published.
-        next_offset: the partition's end; -1 if it was not looked at.
+    Each is known by its event id and its *origin*, the ``topic/partition/offset`` of the input
+    record that caused it. An event that comes again takes its id away. What can never come again
+    is forgotten, by `forget_passed`: the inputs of one partition come in order, so a record whose
+    origin lies behind one that has come was published for an event that is now answered otherwise,
+    or is no longer read.
+
+    >>> published = Published()
+    >>> published.add(b"tx1", b"in/0/7"); published.add(b"tx1", b"in/0/9")
+    >>> published.take(b"tx1", b"in/0/9"), published.take(b"tx2", b"in/0/10"), len(published)
+    (True, False, 1)
+    >>> published.forget_passed(); len(published)
+    0
     """
 
-    event_ids: Counter[bytes]
+    def __init__(self) -> None:
+        self._origins: dict[bytes, list[bytes]] = {}
+        self._count = 0
+        self._passed: dict[bytes, int] = {}  # input partition → newest offset that has come
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, event_id: bytes, origin: bytes) -> None:
+        """Note a record. O(1)."""
+        self._origins.setdefault(event_id, []).append(origin)
+        self._count += 1
+
+    def take(self, event_id: bytes, origin: bytes) -> bool:
+        """Tell whether a record with this id was published, and note that it has come. O(1).
+
+        An id that was published twice is taken twice, its own origin first.
+        """
+        partition, _, offset = origin.rpartition(b"/")
+        if partition:
+            self._passed[partition] = max(self._passed.get(partition, -1), int(offset))
+        origins = self._origins.get(event_id)
+        if origins is None:
+            return False
+        origins.remove(origin if origin in origins else origins[0])
+        self._count -= 1
+        if not origins:
+            del self._origins[event_id]
+        return True
+
+    def forget_passed(self) -> None:
+        """Forget what can never come again; call it when an epoch is complete. O(len)."""
+        kept = Published()
+        for event_id, origins in self._origins.items():
+            for origin in origins:
+                partition, _, offset = origin.rpartition(b"/")
+                if not partition or int(offset) > self._passed.get(partition, -1):
+                    kept.add(event_id, origin)
+        self._origins, self._count = kept._origins, kept._count
+
+    def pack(self) -> bytes:
+        """Return the records as bytes, empty if there are none."""
+        return msgspec.msgpack.encode(self._origins) if self._count else b""
+
+    def unpack(self, packed: bytes) -> None:
+        """Add what `pack` returned."""
+        if packed:
+            decoded = msgspec.msgpack.decode(packed, type=dict[bytes, list[bytes]])
+            for event_id, origins in decoded.items():
+                for origin in origins:
+                    self.add(event_id, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What a partition holds after an offset, and where it ends."""
+
+    published: Published
     next_offset: int
 
 
@@ -94,21 +159,21 @@ def read_tail(
             raise StartupError(
                 f"{name} holds {high - offset:,} records "
                 + ("and the recovery store knows none of them" if start is None else "to compare")
-                + f", more than TAIL_MAX_RECORDS ({most_records:,}): raise it (150 bytes of memory "
+                + f", more than TAIL_MAX_RECORDS ({most_records:,}): raise it (300 bytes of memory "
                 "each), write to a new topic, or restore the recovery directory that belongs to "
                 "this one"
             )
-        event_ids = _event_ids(consumer, TopicPartition(topic, partition, offset), high, timeout_s)
+        published = _published(consumer, TopicPartition(topic, partition, offset), high, timeout_s)
     finally:
         consumer.close()
-    if event_ids:
+    if published:
         _logger.info(
             "%s: %d records published since the last snapshot, read in %.2f s",
             name,
-            event_ids.total(),
+            len(published),
             time.monotonic() - began,
         )
-    return Tail(event_ids, high)
+    return Tail(published, high)
 
 
 def _watermarks(
@@ -133,11 +198,9 @@ def _watermarks(
         time.sleep(0.1)
 
 
-def _event_ids(
-    consumer: Consumer, begin: TopicPartition, end: int, timeout_s: float
-) -> Counter[bytes]:
-    """Count the ids from `begin` up to offset `end`, which may be a transaction's marker."""
-    found: Counter[bytes] = Counter()
+def _published(consumer: Consumer, begin: TopicPartition, end: int, timeout_s: float) -> Published:
+    """Note the records from `begin` up to offset `end`, which may be a transaction's marker."""
+    found = Published()
     if begin.offset >= end:
         return found
     consumer.assign([begin])
@@ -147,14 +210,16 @@ def _event_ids(
             error = message.error()
             if error is None:
                 heard = time.monotonic()
-                for header, content in message.headers() or ():
-                    if header == "event_id":
-                        found[content if isinstance(content, bytes) else str(content).encode()] += 1
-                        break
+                headers: dict[str, Any] = dict(message.headers() or ())
+                event_id = headers.get("event_id")
+                if event_id is not None:
+                    found.add(event_id, headers.get("origin") or b"")
             elif error.code() == KafkaError._PARTITION_EOF:
                 if (message.offset() or 0) >= end:
                     return found
-            elif not error.retriable() and error.code() >= 0:
+            elif error.code() == KafkaError._AUTO_OFFSET_RESET or (
+                not error.retriable() and error.code() >= 0
+            ):
                 raise StartupError(
                     f"reading {begin.topic}/{begin.partition} failed: {error.str()} "
                     f"({error.name()})"

@@ -52,7 +52,8 @@ def distinct(
     `sources` are the event types by source code, each with an ``identity``, and `topics` their
     topics. Ids are kept by virtual shard of the column `key`; their number is fixed for the life
     of the state. Give it the key of the next step: in a cluster, events of one key then take one
-    way through both, and none overtakes another. The same id under two keys may pass.
+    way through both, and none overtakes another. The same id under two keys may pass. Events
+    without the key are spread by their id.
     """
     identities(sources)  # a type without one is refused now
     bound = _Bound(dedupe, now_s)
@@ -63,8 +64,11 @@ def distinct(
         batch = in_order(batches)
         if batch is None:
             return
-        shard_of = shards_of(batch[key], shards)
         ids = fingerprints(batch, sources)
+        # Who has no such key takes the way of its id: there is nobody not to overtake.
+        keyless = batch[key] == b""
+        spread = ids["rest"].astype(np.int64) % shards
+        shard_of = np.where(keyless, spread, shards_of(batch[key], shards))
         for shard, part in batch.with_columns({"#id": ids}).split(shard_of):
             yield f"s{shard:03d}", part
 

@@ -66,6 +66,7 @@ def encode(
     up: Stream[EventBatch],
     features: FeatureSet,
     model_version: str,
+    topics: Sequence[str],
     now_s: Callable[[], float] = time.time,
 ) -> Stream[OutRecords]:
     """Write each event's prediction as JSON, keyed by card."""
@@ -92,6 +93,7 @@ def encode(
                 values=list(map(encoder.encode, predictions)),
                 append_time=batch["append_time"],
                 event_ids=batch["transaction_id"].tolist(),
+                origins=_origins(batch, topics),
             )
 
     return op.flat_map_batch("encode", up, run)
@@ -137,9 +139,16 @@ def audit(
                 values=list(map(encoder.encode, records)),
                 append_time=np.full(len(chosen), -1),
                 event_ids=chosen["transaction_id"].tolist(),
+                origins=_origins(chosen, topics),
             )
 
     return op.flat_map_batch("encode", up, run)
+
+
+def _origins(batch: EventBatch, topics: Sequence[str]) -> list[bytes]:
+    names = [topic.encode() for topic in topics]
+    columns = (batch[name].tolist() for name in ("source", "partition", "offset"))
+    return [b"%b/%d/%d" % (names[s], p, o) for s, p, o in zip(*columns, strict=True)]
 
 
 def _texts(column: Column) -> Iterable[str]:

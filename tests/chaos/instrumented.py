@@ -22,7 +22,6 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ def _take_away_tail_scan() -> None:
     original = tail.read_tail
 
     def nothing(*args: Any, **named: Any) -> tail.Tail:
-        return tail.Tail(Counter(), original(*args, **named).next_offset)
+        return tail.Tail(tail.Published(), original(*args, **named).next_offset)
 
     sink.read_tail = nothing  # type: ignore[attr-defined]
 
@@ -132,15 +131,15 @@ def _forget_what_is_pending() -> None:
     original = sink._SinkPartition.snapshot
 
     def forgetful(self: sink._SinkPartition) -> sink.SinkState:
-        version, offset, partitions, _ = original(self)
-        return version, offset, partitions, b""
+        version, offset, partitions, _, owner = original(self)
+        return version, offset, partitions, b"", owner
 
     sink._SinkPartition.snapshot = forgetful  # type: ignore[method-assign]
 
 
 def flow() -> Dataflow:
     """Return the flow; ``bytewax.run`` calls this."""
-    _hold_after(tail, "_event_ids", "tail_scan")
+    _hold_after(tail, "_published", "tail_scan")
     _hold_when_written()
     _hold_after(sink._SinkPartition, "snapshot", "committed")
     _hold_after(windows._ShardLogic, "snapshot", "snapshot")

@@ -49,17 +49,20 @@ class Life:
             topic,
             {**broker.config, **(config or {})},
             delivery="exactly_once",
-            owner="test",
             observe=self.told.append,
-            **options,
+            **{"owner": "test", **options},
         )
         self.parts: dict[str, _SinkPartition] = {
             name: self.sink.build_part("step", name, (states or {}).get(name))
             for name in self.sink.list_parts()
         }
 
-    def write(self, *names: str) -> None:
-        for item in self.sink.split([batch(names)]):
+    def write(self, *names: str, origin: str = "", begin: int = 0) -> None:
+        """Write records; of the events from offset `begin` on of the input partition `origin`."""
+        records = batch(names)
+        if origin:
+            records.origins = [f"{origin}/{begin + n}".encode() for n in range(len(names))]
+        for item in self.sink.split([records]):
             assert isinstance(item, tuple)
             list(self.parts.values())[self.sink.part_fn(item[0])].write_batch([item[1]])
 
@@ -114,9 +117,9 @@ def test_what_a_snapshot_follows_is_committed(kafka: TestBroker, lives: list[Lif
     found = read(kafka, topic, 500)
     assert Counter(ids(found)) == Counter(names(0, 500))
     assert sum(each.delivered for each in life.told) == 500
-    for name, (_, offset, partitions, pending) in states.items():
+    for name, state in states.items():
         mine = [m for m in found if m.partition() == int(name[-5:])]
-        assert (offset, partitions, pending) == (mine[-1].offset() + 2, 3, b"")
+        assert state[1:] == (mine[-1].offset() + 2, 3, b"", "test")
         row = [int(each[2:]) for each in ids(mine)]
         assert row == sorted(row)
 
@@ -182,7 +185,7 @@ def test_what_was_published_may_come_again_after_the_next_snapshot(
     states = third.snapshot()
     assert third.suppressed() == 61
     assert ids(read(kafka, topic, 111)) == [*names(0, 100), "tx90", *names(100, 110)]
-    assert {pending for *_, pending in states.values()} == {b""}
+    assert {state[3] for state in states.values()} == {b""}
 
 
 def test_an_id_is_suppressed_as_often_as_it_was_published(
@@ -230,6 +233,39 @@ def test_a_new_owner_fences_the_old_one(kafka: TestBroker, lives: list[Life]) ->
     owner.write("tx12")
     owner.snapshot()
     assert ids(read(kafka, topic, 13)) == names(0, 13)
+
+
+def test_an_owner_of_another_name_fences_the_old_one_too(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    with ThreadPoolExecutor(1) as elsewhere:
+        lives.append(zombie := elsewhere.submit(Life, kafka, topic, transaction_s=60).result())
+    states = zombie.snapshot()
+    zombie.write(*names(0, 10))
+    lives.append(owner := Life(kafka, topic, states, owner="renamed"))
+    owner.write(*names(0, 12))
+    assert {state[4] for state in owner.snapshot().values()} == {"renamed"}
+    with pytest.raises(DeliveryError, match="Another process writes"):
+        zombie.snapshot()
+    assert ids(read(kafka, topic, 12)) == names(0, 12)
+
+
+def test_what_inputs_that_are_gone_had_caused_is_forgotten(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    """A new store on an old output topic: old ids are not compared with for ever."""
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write(*names(0, 50), origin="in/0")
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic))
+    second.write("new", origin="in/0", begin=50)
+    assert {state[3] for state in second.snapshot().values()} == {b""}
+    second.write("tx7", origin="in/0", begin=51)  # an old id, of a new event
+    second.snapshot()
+    assert ids(read(kafka, topic, 52)) == [*names(0, 50), "new", "tx7"]
 
 
 @pytest.mark.parametrize("drained", [True, False])

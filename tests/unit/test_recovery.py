@@ -357,7 +357,7 @@ def test_a_damaged_snapshot_is_refused(
 def test_the_store_of_this_flow_passes(directory: Path, prepare: Callable[..., Store]) -> None:
     prepare()
     plant(directory, "fraud.records", part_name("Transaction", 3), 17)
-    plant(directory, "fraud.predictions.write", part_name("predictions", 2), (1, 17, 3))
+    plant(directory, "fraud.predictions.write", part_name("predictions", 2), (2, 17, 3, b"", "g"))
     plant(directory, "fraud.card.state", "s000", windows().snapshot())
     plant(directory, "fraud.card.state", "s001", Raw(None))
     assert check(directory).snapshots == 4
@@ -411,7 +411,20 @@ def test_windows_of_another_view_or_version_are_refused(
     with pytest.raises(RecoveryError, match="'fraud.terminal.state', .*view is 'card'"):
         check(directory)
     plant(directory, "fraud.terminal.state", "s000", 5)
-    with pytest.raises(RecoveryError, match="the snapshot is int, not bytes"):
+    with pytest.raises(RecoveryError, match="the snapshot is int, which is not what it was"):
+        check(directory)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [(5, "no format .int."), ((1, 5, 3), "format 1, this version reads 2"), ((2, 5), "no format")],
+)
+def test_an_output_partitions_state_of_another_version_is_refused(
+    directory: Path, prepare: Callable[..., Store], state: Any, said: str
+) -> None:
+    prepare()
+    plant(directory, "fraud.audit.write", part_name("audit", 0), state)
+    with pytest.raises(RecoveryError, match=f"{said}.*Run the version"):
         check(directory)
 
 
@@ -457,7 +470,7 @@ def filled(directory: Path, prepare: Callable[..., Store]) -> Path:
         for partition in range(2):
             plant(directory, "fraud.records", part_name("Transaction", partition), epoch, epoch)
     plant(directory, "fraud.card.state", "s000", windows().snapshot(), 4)
-    plant(directory, "fraud.audit.write", part_name("audit", 0), (1, 9, 1), 4)
+    plant(directory, "fraud.audit.write", part_name("audit", 0), (2, 9, 1, b"", "g"), 4)
     with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
         part.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (0, 2, 1)")
         part.execute(

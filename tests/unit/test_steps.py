@@ -442,7 +442,7 @@ def test_as_many_reasons_as_asked_for(reasons: int) -> None:
 
 
 def predictions(batch: EventBatch, now_s: float = 1_600_000_001.0) -> tuple[OutRecords, list[Any]]:
-    (out,) = run([batch], lambda up: encode("e", up, FRAUD, "model-1", lambda: now_s))
+    (out,) = run([batch], lambda up: encode("e", up, FRAUD, "model-1", TOPICS, lambda: now_s))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
