@@ -180,6 +180,7 @@ class Runtime:
                 max_hold_s=settings.max_hold_s,
                 buffer_records=settings.max_buffered,
                 resume_past_retention=settings.resume_past_retention,
+                max_skew_ms=round(settings.max_skew_s * 1000),
                 peers=None if recovery_store is None else recovery_store.peers(),
                 between_batches=poll_sinks,
                 observe=_observe_source,

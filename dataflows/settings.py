@@ -90,6 +90,12 @@ class Settings(BaseSettings):
     max_hold_s: float = Field(
         5, ge=0, le=3600, description="How long a silent partition holds up the others' order (s)"
     )
+    max_skew_s: float = Field(
+        21_600,
+        gt=0,
+        le=31_536_000,
+        description="How far apart, in stream time, a cluster's processes may be in a backlog (s)",
+    )
     shards: int = Field(
         SHARDS, ge=1, le=999, description="Virtual shards of the window state; fixed for its life"
     )

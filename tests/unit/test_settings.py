@@ -32,6 +32,7 @@ WRONG = {
     "BATCH_SIZE": "0",
     "MAX_BUFFERED": "999",
     "MAX_HOLD_S": "-1",
+    "MAX_SKEW_S": "0",
     "SHARDS": "1000",
     "DEDUPE": "perhaps",
     "DEDUPE_HORIZON_S": "604801",
