@@ -178,7 +178,7 @@ def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int =
     directory = directory.absolute()
     _make_private(directory)
     with _writing(directory):
-        lock = _hold(directory, process)
+        lock = _hold(directory, process, processes)
         try:
             _refuse_others(directory, processes)
             with _locked(directory / ".create.lock"):
@@ -230,7 +230,7 @@ def _make_private(directory: Path) -> None:
         )
 
 
-def _hold(directory: Path, process: int) -> int:
+def _hold(directory: Path, process: int, processes: int) -> int:
     file = os.open(directory / f".process-{process}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,29 +249,39 @@ def _hold(directory: Path, process: int) -> int:
             "one that has"
         ) from None
     os.ftruncate(file, 0)
-    os.pwrite(file, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+    os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {processes}".encode(), 0)
     return file
 
 
 def _holder(file: int) -> str:
-    pid, _, host = os.pread(file, 300, 0).decode(errors="replace").partition(" ")
+    pid, host, _ = _who(file)
     return f"pid {pid} on {host}" if pid.isdecimal() else "another process"
 
 
+def _who(file: int) -> tuple[str, str, str]:
+    """Return what a lock file says: pid, host, number of processes of its cluster."""
+    words = os.pread(file, 300, 0).decode(errors="replace").split(" ")
+    pid, host, processes = (*words, "", "", "")[:3]
+    return pid, host, processes
+
+
 def _refuse_others(directory: Path, processes: int) -> None:
-    """Refuse to run beside a process that this cluster does not have: an earlier, larger one."""
+    """Refuse to run beside a process of a cluster of another size, an earlier or a later one."""
     for path in directory.glob(".process-*.lock"):
         number = re.fullmatch(r"\.process-(\d+)\.lock", path.name)
-        if number is None or int(number[1]) < processes:
+        if number is None:
             continue
         file = os.open(path, os.O_RDWR)
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
+            size = _who(file)[2]
+            if int(number[1]) < processes and size == str(processes):
+                continue
             raise RecoveryError(
                 f"the recovery directory {directory} is in use: {_holder(file)} still runs as "
-                f"process {number[1]} of a cluster on it, and this one has only {processes}. Stop "
-                "that one first"
+                f"process {number[1]} of a cluster of {size} on it, and this one has {processes}. "
+                "Stop that one first"
             ) from None
         finally:
             os.close(file)
@@ -467,6 +477,8 @@ def discard_open_epoch(directory: Path) -> int:
         )
         return 0
     epoch = resume_epoch(parts)
+    if _newest_commit(parts) > epoch:
+        return 0  # a part is older than the others: Bytewax refuses to resume, and says so
     deleted = 0
     for part in parts:
         try:
@@ -480,6 +492,16 @@ def discard_open_epoch(directory: Path) -> int:
     if deleted:
         log.info("snapshots of an epoch that was never complete are discarded", count=deleted)
     return deleted
+
+
+def _newest_commit(parts: Collection[Path]) -> int:
+    """Return the newest epoch up to which a part has given up older snapshots; 0: none has."""
+    newest = 0
+    for part in parts:
+        with _open(part) as connection:
+            (found,) = connection.execute("SELECT MAX(commit_epoch) FROM commits").fetchone()
+            newest = max(newest, found or 0)
+    return newest
 
 
 @contextmanager

@@ -70,10 +70,10 @@ class Settings(BaseSettings):
         0.1, ge=0.01, le=60, description="How long a transaction stays open, exactly_once (s)"
     )
     tail_max_records: int = Field(
-        5_000_000,
+        2_000_000,
         ge=0,
         le=1_000_000_000,
-        description="Most published records compared at start, exactly_once (300 bytes each)",
+        description="Most records of a partition compared at start, exactly_once (400 bytes each)",
     )
     message_timeout_s: float = Field(
         60, gt=1, le=3600, description="How long an outage of the brokers is waited out (s)"

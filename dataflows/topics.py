@@ -2,9 +2,9 @@
 
     python -m dataflows.topics create --partitions 8
 
-Names come from the environment as the flow's do (TRANSACTIONS_TOPIC, …), and so does what
-KAFKA_PRODUCER_OPTIONS says about security. The input topics stamp records with the broker's clock
-(``message.timestamp.type=LogAppendTime``). What exists is left as it is.
+Names come from the environment as the flow's do (TRANSACTIONS_TOPIC, …; not from SETTINGS_FILE),
+and so does what KAFKA_PRODUCER_OPTIONS says about security. The input topics stamp records with the
+broker's clock (``message.timestamp.type=LogAppendTime``). What exists is left as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from confluent_kafka import KafkaError, KafkaException
@@ -91,8 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("set KAFKA_BOOTSTRAP_SERVERS or give --bootstrap-servers")
     if options.partitions < 1:
         parser.error("--partitions must be 1 or more")
-    more = os.environ.get("KAFKA_PRODUCER_OPTIONS") or "{}"
-    config = {"bootstrap.servers": options.bootstrap_servers, **msgspec.json.decode(more)}
+    try:
+        more = msgspec.json.decode(
+            os.environ.get("KAFKA_PRODUCER_OPTIONS") or "{}", type=dict[str, Any]
+        )
+    except msgspec.MsgspecError:
+        parser.error("KAFKA_PRODUCER_OPTIONS is not a JSON object of librdkafka settings")
+    config = {"bootstrap.servers": options.bootstrap_servers, **more}
     admin = AdminClient(config)
     try:
         partition_counts(admin, config, [], timeout_s=_TIMEOUT_S)

@@ -34,9 +34,15 @@ from pathlib import Path
 
 import msgspec
 
+from dataflows.kafka.errors import FlowError
+
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.1
+
+
+class PeersError(FlowError):
+    """Say why the other processes cannot be told."""
 
 
 class _Pace(msgspec.Struct):
@@ -187,8 +193,14 @@ class Peers:
     def _write(self) -> None:
         path = self._path(self._process)
         new = path.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(self._mine))
-        new.rename(path)
+        try:
+            new.write_bytes(msgspec.json.encode(self._mine))
+            new.rename(path)
+        except OSError as error:
+            raise PeersError(
+                f"{path} cannot be written: {error.strerror}. See to the disk of the recovery "
+                "directory (is it full?), then restart the flow; the open epoch is computed again"
+            ) from error
 
     def _path(self, process: int) -> Path:
         return self._directory / f".process-{process}.json"

@@ -104,14 +104,19 @@ class OutRecords:
         if len(batches) == 1:
             return batches[0]
         plain = all(batch.origins is None and batch.headers is None for batch in batches)
+        origins: list[bytes] | None = []
+        for batch in batches:
+            origins = None if origins is None or batch.origins is None else origins + batch.origins
+        before = 1 if origins is None else 2  # headers of `headers_of` that are columns here
         return OutRecords(
             [key for batch in batches for key in batch.keys],
             [value for batch in batches for value in batch.values],
             np.concatenate([batch.append_time for batch in batches]),
             [event_id for batch in batches for event_id in batch.event_ids],
-            headers=None
-            if plain
-            else [batch.headers_of(row)[1:] for batch in batches for row in range(len(batch))],
+            origins,
+            None
+            if plain or (all(batch.headers is None for batch in batches) and origins is not None)
+            else [batch.headers_of(row)[before:] for batch in batches for row in range(len(batch))],
         )
 
     def most_bytes(self) -> Int64s:

@@ -13,8 +13,8 @@ of the topic, which must not change while an epoch is open, because keys would m
 published before and has yet to be suppressed (`Published.pack`), empty unless the flow is catching
 up after a crash; and whose transactional id to fence, if that has changed since.
 
-At a life's first batch every partition is written to, be it with nothing: each is then taken over
-at once, not when its first record comes, and is in the first snapshot.
+With the first batch of a life every partition of the topic is written to, be it with nothing: each
+is then taken over at once, not when its own first record comes, and is in the first snapshot.
 
 What is too large for the topic never reaches a writer: `output` returns it as dead letters.
 """
@@ -212,8 +212,8 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
                 f"{self.topic} had {count} partitions and has {self.partitions}, and "
                 f"{len(tail.published)} records were published to partition {partition} after "
                 "the last snapshot: their keys have moved, so they cannot be told from new ones. "
-                "Drain the flow before partitions are added. To go on now, accepting that these "
-                "may come twice, start once with DELIVERY=at_least_once"
+                "Let the flow catch up and drain it before partitions are added. To go on now, "
+                "accepting that these may come twice, start once with DELIVERY=at_least_once"
             )
         return tail
 

@@ -89,7 +89,6 @@ _GUARANTEES: Mapping[str, Any] = {
 #: Later than all stream times: how far a worker may go that waits for no other.
 _NO_LIMIT = np.iinfo(np.int64).max
 _FIRST = "first"  # metadata of a group offset at which nothing has been read yet
-_NOT_KEPT = -1  # for an offset, in the snapshots of at most once
 _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
@@ -461,8 +460,6 @@ class _Reader:
                 "Bytewax 0.21.1, which does not. Run with that version"
             )
         topic, _, partition = name.rpartition("/")
-        if resume_offset == _NOT_KEPT:
-            resume_offset = None
         self._lanes[name] = _Lane(name, topic, self._codes[topic], int(partition), resume_offset)
         self._parts += 1
         return _Part(name, self)
@@ -644,8 +641,6 @@ class _Reader:
         if lane is leader and self._phase is not None:
             self._phase.snapshot()
         self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
-        if not self._source.keep_offsets:
-            return _NOT_KEPT
         return int(self._merge.emitted[self._index[part.name]])
 
     def _epoch_is_durable(self, leader: str, epoch: int) -> None:

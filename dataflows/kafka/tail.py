@@ -14,8 +14,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S
 
-MOST_RECORDS = 5_000_000
-"""Default bound of a tail, in records; each takes some 300 bytes until it has come again."""
+MOST_RECORDS = 2_000_000
+"""Default bound of a tail, in records; each takes some 400 bytes until it has come again."""
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class Published:
     def __init__(self) -> None:
         self._origins: dict[bytes, list[bytes]] = {}
         self._count = 0
+        # Input partition → (offset, event id, origin) of its records, the first ones last.
+        self._queues: dict[bytes, list[tuple[int, bytes, bytes]]] = {}
+        self._sorted = True
         self._passed: dict[bytes, int] = {}  # input partition → newest offset that has come
 
     def __len__(self) -> int:
@@ -49,6 +52,10 @@ class Published:
         """Note a record. O(1)."""
         self._origins.setdefault(event_id, []).append(origin)
         self._count += 1
+        partition, _, offset = origin.rpartition(b"/")
+        if partition:
+            self._queues.setdefault(partition, []).append((int(offset), event_id, origin))
+            self._sorted = False
 
     def take(self, event_id: bytes, origin: bytes) -> bool:
         """Tell whether a record with this id was published, and note that it has come. O(1).
@@ -61,21 +68,31 @@ class Published:
         origins = self._origins.get(event_id)
         if origins is None:
             return False
-        origins.remove(origin if origin in origins else origins[0])
+        self._remove(event_id, origin if origin in origins else origins[0])
+        return True
+
+    def _remove(self, event_id: bytes, origin: bytes) -> None:
+        origins = self._origins[event_id]
+        origins.remove(origin)
         self._count -= 1
         if not origins:
             del self._origins[event_id]
-        return True
 
     def forget_passed(self) -> None:
-        """Forget what can never come again; call it when an epoch is complete. O(len)."""
-        kept = Published()
-        for event_id, origins in self._origins.items():
-            for origin in origins:
-                partition, _, offset = origin.rpartition(b"/")
-                if not partition or int(offset) > self._passed.get(partition, -1):
-                    kept.add(event_id, origin)
-        self._origins, self._count = kept._origins, kept._count
+        """Forget what can never come again; call it when an epoch is complete.
+
+        Amortised O(log n) a record.
+        """
+        if not self._sorted:
+            for queue in self._queues.values():
+                queue.sort(reverse=True)
+            self._sorted = True
+        for partition, newest in self._passed.items():
+            queue = self._queues.get(partition, [])
+            while queue and queue[-1][0] <= newest:
+                _, event_id, origin = queue.pop()
+                if origin in self._origins.get(event_id, ()):
+                    self._remove(event_id, origin)
 
     def pack(self) -> bytes:
         """Return the records as bytes, empty if there are none."""
@@ -159,7 +176,7 @@ def read_tail(
             raise StartupError(
                 f"{name} holds {high - offset:,} records "
                 + ("and the recovery store knows none of them" if start is None else "to compare")
-                + f", more than TAIL_MAX_RECORDS ({most_records:,}): raise it (300 bytes of memory "
+                + f", more than TAIL_MAX_RECORDS ({most_records:,}): raise it (400 bytes of memory "
                 "each), write to a new topic, or restore the recovery directory that belongs to "
                 "this one"
             )

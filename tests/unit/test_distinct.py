@@ -198,3 +198,12 @@ def test_an_event_type_without_a_business_id_is_refused() -> None:
     came: Stream[EventBatch] = op.input("in", flow, TestingSource([]))
     with pytest.raises(TypeError, match="Nameless declares no business id"):
         distinct("distinct", came, "card_id", [Nameless], ["nameless"], DEDUPE, 16)
+
+
+def test_events_without_the_key_are_spread_and_still_known(metrics: Metrics) -> None:
+    rows: list[Row] = [(0, f"id{n}", n) for n in range(400)]
+    items = [events([*rows, *rows])]
+    for batch in items:
+        batch["card_id"][:] = b""
+    # 25 ids a shard fit, if they are spread; 400 of one shard would not.
+    assert accepted(run(items, Dedupe(HORIZON, 16 * 60), shards=16)) == list(range(400))

@@ -129,8 +129,14 @@ def test_in_a_backlog_no_worker_runs_ahead(
     assert skew(workers) <= SKEW_MS
 
 
-@pytest.mark.parametrize("rng", range(20), indirect=True)
+@pytest.mark.parametrize("rng", [7], indirect=True)
 def test_the_test_above_bites(broker: Broker, rng: random.Random, tmp_path: Path) -> None:
-    workers = run(broker, rng, tmp_path, max_skew_ms=10**12)
-    if len(workers) > 1 and sum(len(worker.emitted) > 100 for worker in workers) > 1:
-        assert skew(workers) > SKEW_MS
+    """Without a bound most runs break it."""
+    broken = 0
+    for seed in range(20):
+        rng.seed(seed)
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        workers = run(broker, rng, directory, max_skew_ms=10**12)
+        broken += len(workers) > 1 and skew(workers) > SKEW_MS
+    assert broken >= 5

@@ -229,11 +229,22 @@ def test_one_process_holds_it(directory: Path, prepare: Callable[..., Store]) ->
     assert not recovery.is_held(directory, 2)
 
 
+def test_a_larger_cluster_waits_for_the_flow_that_runs(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare(process=0, processes=1)
+    for process in (1, 2):  # as an orchestrator may start them first
+        with pytest.raises(RecoveryError, match="process 0 of a cluster of 1 on it, .* has 3"):
+            prepare(process=process, processes=3)
+
+
 def test_a_smaller_cluster_waits_for_the_last_of_a_larger_one(
     directory: Path, prepare: Callable[..., Store]
 ) -> None:
     prepare(process=2, processes=3)
-    with pytest.raises(RecoveryError, match=r"still runs as process 2 of a cluster .* has only 2"):
+    with pytest.raises(
+        RecoveryError, match=r"still runs as process 2 of a cluster .* this one has 2"
+    ):
         prepare(process=0, processes=2)
     prepare(process=0, processes=3)  # and the refused one has let go
 
@@ -573,5 +584,21 @@ def test_nothing_is_discarded_where_parts_are_missing(directory: Path) -> None:
             "VALUES ('s', 'k', 9, NULL)"
         )
     (directory / "part-1.sqlite3").unlink()
+    assert recovery.discard_open_epoch(directory) == 0
+    assert len(list(recovery.snapshots([part]))) == 1
+
+
+def test_nothing_is_discarded_where_a_part_is_too_old(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+    part = directory / "part-0.sqlite3"
+    with closing(sqlite3.connect(part)) as connection, connection:
+        connection.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (0, 1, 3)")
+        connection.execute("INSERT INTO commits (part_index, commit_epoch) VALUES (0, 9)")
+        connection.execute(
+            "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) "
+            "VALUES ('s', 'k', 8, NULL)"
+        )
     assert recovery.discard_open_epoch(directory) == 0
     assert len(list(recovery.snapshots([part]))) == 1
