@@ -241,9 +241,12 @@ def test_broker_down_for_less_than_the_message_timeout(
     trial = one(delivery)
     trial.start()
     (trial.cluster.kill if kill else trial.cluster.stop)(1)
-    trial.await_log("the brokers have confirmed nothing for [2-9] s; the flow waits")
+    # The writing side says so, if something was on its way; else the reading side.
+    trial.await_log(
+        "the brokers have confirmed nothing for [2-9] s; the flow waits|; waiting for the brokers"
+    )
     trial.cluster.start(1)
-    trial.await_log("the brokers confirm again, after", 60)
+    trial.await_log("the brokers confirm again, after|a broker answers again after", 60)
     trial.await_answers()
     assert len(trial.flow.log_lines()) < 100
     trial.finish()
