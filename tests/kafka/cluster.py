@@ -243,6 +243,8 @@ class KafkaCluster:
             "group.initial.rebalance.delay.ms": "0",
             # Of 128 MB, which would be half of a small heap.
             "log.cleaner.dedupe.buffer.size": "4194304",
+            # Tests send events of 2018, which would be deleted within minutes.
+            "log.retention.ms": "-1",
             # A dead broker is noticed after 4 s; after 9 s by default.
             "broker.session.timeout.ms": "4000",
             "broker.heartbeat.interval.ms": "1000",
