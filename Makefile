@@ -41,7 +41,7 @@ demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s D
 	@RATE=$(RATE) DURATION=$(DURATION) $(BIN)/python -m dataflows.demo
 
 .PHONY: chaos
-chaos: $(STAMP) ## the whole kill matrix on Apache Kafka, 25 min (CHAOS_SEED=… repeats); rewrites its page
+chaos: $(STAMP) ## the whole kill matrix on Apache Kafka, half an hour (CHAOS_SEED=… repeats); rewrites its page
 	$(BIN)/python -m pytest -q -s tests/chaos/full.py
 
 .PHONY: bench-delivery

@@ -63,7 +63,12 @@ from dataflows.kafka.interleave import NO_TIME, Interleaver
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.phase import PhaseKeeper
 from dataflows.kafka.records import Int64s, Records
-from dataflows.kafka.topics import STARTUP_TIMEOUT_S, part_name, partition_counts
+from dataflows.kafka.topics import (
+    STARTUP_TIMEOUT_S,
+    part_name,
+    partition_counts,
+    watermarks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -568,24 +573,13 @@ class _Reader:
         raise StartupError(_out_of_range(lane, offset, low, high))
 
     def _watermarks(self, lane: _Lane, deadline: float) -> tuple[int, int]:
-        while True:
-            try:
-                found = self._consumer.get_watermark_offsets(
-                    lane.topic_partition, timeout=max(0.1, deadline - time.monotonic())
-                )
-                if found is not None:
-                    low, high = found
-                    return int(low), int(high)
-                reason = "timed out"
-            except KafkaException as error:
-                reason = error.args[0].str()
-            if time.monotonic() >= deadline:
-                raise StartupError(
-                    f"the leader of {lane.name} gave no offsets within "
-                    f"{self._source.startup_timeout_s:g} s ({reason}): see to the brokers at "
-                    f"{self._source.config.get('bootstrap.servers')!r}"
-                )
-            time.sleep(0.1)
+        return watermarks(
+            self._consumer,
+            lane.topic,
+            lane.partition,
+            self._source.config.get("bootstrap.servers"),
+            timeout_s=deadline - time.monotonic(),
+        )
 
     # Run
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from dataflows.kafka.errors import StartupError
-from dataflows.kafka.topics import STARTUP_TIMEOUT_S
+from dataflows.kafka.topics import STARTUP_TIMEOUT_S, watermarks
 
 MOST_RECORDS = 2_000_000
 """Default bound of a tail, in records; each takes some 400 bytes until it has come again."""
@@ -157,7 +157,8 @@ def read_tail(
     )
     began = time.monotonic()
     try:
-        low, high = _watermarks(consumer, topic, partition, timeout_s)
+        servers = config.get("bootstrap.servers")
+        low, high = watermarks(consumer, topic, partition, servers, timeout_s=timeout_s)
         if start is not None and start > high:
             raise StartupError(
                 f"{name} ends at {high}, before the snapshot's {start}: the topic was recreated, "
@@ -191,28 +192,6 @@ def read_tail(
             time.monotonic() - began,
         )
     return Tail(published, high)
-
-
-def _watermarks(
-    consumer: Consumer, topic: str, partition: int, timeout_s: float
-) -> tuple[int, int]:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            found = consumer.get_watermark_offsets(
-                TopicPartition(topic, partition), timeout=max(0.1, deadline - time.monotonic())
-            )
-            if found is not None:
-                return int(found[0]), int(found[1])
-            reason = "timed out"
-        except KafkaException as error:
-            reason = error.args[0].str()
-        if time.monotonic() >= deadline:
-            raise StartupError(
-                f"the leader of {topic}/{partition} gave no offsets within {timeout_s:g} s "
-                f"({reason}): see to the brokers"
-            )
-        time.sleep(0.1)
 
 
 def _published(consumer: Consumer, begin: TopicPartition, end: int, timeout_s: float) -> Published:

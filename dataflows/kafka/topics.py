@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from confluent_kafka import KafkaException
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 import dataflows.kafka.client_log  # noqa: F401  (for every client of the flow)
@@ -106,3 +106,29 @@ def most_record_bytes(
         _logger.debug("the limit of record sizes of %s is unknown: %s", topic, error)
         return client
     return min(client, int(limit))
+
+
+def watermarks(
+    consumer: Consumer, topic: str, partition: int, servers: Any, *, timeout_s: float
+) -> tuple[int, int]:
+    """Return the first offset that a partition holds, and the one after its last.
+
+    Raises StartupError, naming `servers`, if its leader gives none in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            found = consumer.get_watermark_offsets(
+                TopicPartition(topic, partition), timeout=max(0.1, deadline - time.monotonic())
+            )
+            if found is not None:
+                return int(found[0]), int(found[1])
+            reason = "timed out"
+        except KafkaException as error:
+            reason = error.args[0].str()
+        if time.monotonic() >= deadline:
+            raise StartupError(
+                f"the leader of {part_name(topic, partition)} gave no offsets within "
+                f"{timeout_s:g} s ({reason}): see to the brokers at {servers!r}"
+            )
+        time.sleep(0.1)
