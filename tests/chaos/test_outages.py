@@ -254,7 +254,10 @@ def test_broker_down_for_less_than_the_message_timeout(
 
 @pytest.mark.parametrize("delivery", [EXACTLY, AT_LEAST])
 def test_broker_down_for_longer_than_the_message_timeout(one: Make, delivery: str) -> None:
-    trial = one(delivery, MESSAGE_TIMEOUT_S="2")
+    # Records linger, or their transaction does, so that some are on their way when it happens;
+    # a flow with nothing to deliver waits.
+    lingers = {"TRANSACTION_S": "1", "KAFKA_PRODUCER_OPTIONS": '{"linger.ms": 1000}'}
+    trial = one(delivery, MESSAGE_TIMEOUT_S="2", **lingers)
     trial.start()
     trial.cluster.stop(1)
     trial.ends("stopped by DeliveryError: .*See to the brokers.*restart the flow")
