@@ -16,7 +16,6 @@ from confluent_kafka import Consumer, KafkaException, Producer
 
 from dataflows import recovery
 from dataflows.kafka.errors import StartupError
-from dataflows.kafka.producers import Delivery
 from dataflows.kafka.sink import KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
@@ -25,6 +24,7 @@ from dataflows.kafka.source import (
     install_drain_handlers,
 )
 from dataflows.kafka.topics import partition_counts
+from dataflows.kafka.writer import Delivery
 from dataflows.metrics import METRICS
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.distinct import Dedupe

@@ -1,8 +1,8 @@
 """Write a stream to a Kafka topic, at least once or exactly once.
 
 A Bytewax sink partition is a partition of the output topic; records are split over them by key
-with the JVM's partitioner. How each is written is its `Writer`'s matter (`dataflows.kafka.
-producers`). `snapshot` returns only when everything written in the epoch is on the brokers, so a
+with the JVM's partitioner. How each is written is its `Writer`'s matter (`dataflows.kafka.writer`).
+`snapshot` returns only when everything written in the epoch is on the brokers, so a
 recovered flow never believes in a record that Kafka does not have. After a crash the epoch that
 was open is computed again: written again with the same event ids (at least once), or compared with
 what was published of it (exactly once).
@@ -37,13 +37,8 @@ from confluent_kafka.admin import AdminClient
 
 from dataflows.kafka.dead_letter import MAX_VALUE_BYTES, fit, reason_headers, stub
 from dataflows.kafka.errors import StartupError
+from dataflows.kafka.idempotent import IdempotentWriter
 from dataflows.kafka.partitioner import partitions_of
-from dataflows.kafka.producers import (
-    Delivery,
-    IdempotentWriter,
-    TransactionalWriter,
-    Writer,
-)
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.tail import MOST_RECORDS, Tail, read_tail
 from dataflows.kafka.topics import (
@@ -52,6 +47,8 @@ from dataflows.kafka.topics import (
     part_name,
     partition_counts,
 )
+from dataflows.kafka.transactional import TransactionalWriter
+from dataflows.kafka.writer import Delivery, Writer
 
 PREDICTION_TOO_LARGE = "prediction_too_large"
 
@@ -83,7 +80,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
     Args:
         topic: output topic; it must exist. With ``exactly_once`` nobody else may write to it.
         config: librdkafka producer settings, at least ``bootstrap.servers``; they go over
-            `dataflows.kafka.producers.PRODUCER_DEFAULTS`, except ``acks`` and
+            `dataflows.kafka.writer.PRODUCER_DEFAULTS`, except ``acks`` and
             ``enable.idempotence``, which are fixed.
         delivery: the guarantee. ``at_most_once`` writes like ``at_least_once``; it is the source
             that then keeps no offsets.

@@ -29,7 +29,9 @@ from typing import Any
 from bytewax.dataflow import Dataflow
 
 from dataflows import fraud, recovery
-from dataflows.kafka import producers, sink, source, tail
+from dataflows.kafka import sink, source, tail
+from dataflows.kafka.idempotent import IdempotentWriter
+from dataflows.kafka.transactional import TransactionalWriter
 from dataflows.steps import windows
 
 #: Where a flow can be held.
@@ -80,18 +82,18 @@ def _hold_after(owner: Any, name: str, point: str) -> None:
 
 
 def _hold_when_written() -> None:
-    commit, write = producers.TransactionalWriter._commit, producers.IdempotentWriter.write
+    commit, write = TransactionalWriter._commit, IdempotentWriter.write
 
-    def holding_commit(self: producers.TransactionalWriter) -> None:
+    def holding_commit(self: TransactionalWriter) -> None:
         _reach("transaction", lambda: self._producer.flush(30))
         commit(self)
 
-    def holding_write(self: producers.IdempotentWriter, batch: Any) -> None:
+    def holding_write(self: IdempotentWriter, batch: Any) -> None:
         write(self, batch)
         _reach("written", lambda: self._producer.flush(30))
 
-    producers.TransactionalWriter._commit = holding_commit  # type: ignore[method-assign]
-    producers.IdempotentWriter.write = holding_write  # type: ignore[method-assign]
+    TransactionalWriter._commit = holding_commit  # type: ignore[method-assign]
+    IdempotentWriter.write = holding_write  # type: ignore[method-assign]
 
 
 def _hold_when_draining() -> None:
@@ -110,12 +112,12 @@ def _hold_when_draining() -> None:
 
 
 def _take_away_fencing() -> None:
-    original = producers.TransactionalWriter.__init__
+    original = TransactionalWriter.__init__
 
     def unfenced(self: Any, *args: Any, transactional_id: str, **named: Any) -> None:
         original(self, *args, transactional_id=f"{transactional_id}.{uuid.uuid4().hex}", **named)
 
-    producers.TransactionalWriter.__init__ = unfenced  # type: ignore[method-assign]
+    TransactionalWriter.__init__ = unfenced  # type: ignore[method-assign]
 
 
 def _take_away_tail_scan() -> None:

@@ -18,9 +18,9 @@ from confluent_kafka.admin import (
 
 from dataflows.kafka.dev_broker import DevBroker
 from dataflows.kafka.errors import DeliveryError, StartupError
-from dataflows.kafka.producers import Delivery
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.sink import KafkaSink, SinkState, _SinkPartition
+from dataflows.kafka.writer import Delivery
 from tests.integration.conftest import TestBroker, await_that
 
 PRODUCE = 0  # Kafka's API key

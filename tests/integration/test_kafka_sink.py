@@ -14,10 +14,10 @@ from dataflows.kafka.dead_letter import reason_headers
 from dataflows.kafka.dev_broker import DevBroker
 from dataflows.kafka.errors import DeliveryError, StartupError
 from dataflows.kafka.partitioner import partitions_of
-from dataflows.kafka.producers import Delivery
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, poll_sinks
+from dataflows.kafka.writer import Delivery
 from tests.integration.conftest import TestBroker
 
 PRODUCE = 0  # Kafka's API key

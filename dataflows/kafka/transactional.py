@@ -1,9 +1,7 @@
-"""Two ways to write a partition's records: as soon as can be, or in transactions.
+"""Write a partition's records in short transactions: **exactly once** for committed readers.
 
-A `Writer` belongs to one output partition and one worker thread. `IdempotentWriter` shares one
-producer with the worker's other writers and looks at every delivery report: **at least once**.
-`TransactionalWriter` has a producer of its own, whose ``transactional.id`` is the partition's for
-ever: **exactly once** for readers of committed records, given the rules below.
+A `TransactionalWriter` has a producer of its own, whose ``transactional.id`` is the partition's for
+ever. Its rules:
 
 1. *Fence first, then read.* A new owner calls `init_transactions`, which ends its predecessor's
    transaction and locks the predecessor out, and only then reads what was published since the
@@ -29,35 +27,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from threading import get_ident
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from dataflows.kafka.errors import DeliveryError
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.tail import Published, Tail
+from dataflows.kafka.writer import (
+    GUARANTEES,
+    PRODUCER_DEFAULTS,
+    UNKNOWN,
+    Delivery,
+    Wait,
+    ages_ms,
+    no_room,
+    not_taken,
+    timeout_s,
+    unconfirmed,
+)
 
-PRODUCER_DEFAULTS: Mapping[str, Any] = {
-    "linger.ms": 1,
-    # The bound of an outage that the flow waits out; then it stops, and a restart replays.
-    "message.timeout.ms": 60_000,
-    "queue.buffering.max.kbytes": 131_072,
-    # After an outage, not up to 10 s more.
-    "reconnect.backoff.max.ms": 2_000,
-    # Of 5 min: a client that missed the news of a leader asks again.
-    "topic.metadata.refresh.interval.ms": 10_000,
-    # A broker that hangs keeps its connections: by default nobody asks another one for 30 s, and
-    # a transaction for up to 90 s, which is longer than we wait.
-    "request.timeout.ms": 10_000,
-    "socket.timeout.ms": 10_000,
-}
-_GUARANTEES: Mapping[str, Any] = {"enable.idempotence": True, "acks": "all"}
-_MARGIN_S = 5.0
 #: A transaction outlives the messages in it, so that their time-out is what an operator sees.
 _TRANSACTION_MARGIN_MS = 30_000
 _MOST_ROWS_IN_TRANSACTION = 20_000
@@ -72,236 +62,7 @@ _HOPELESS = frozenset(
         KafkaError.INVALID_RECORD,
     }
 )
-_TELL_AFTER_S = 2.0
-_TELL_EVERY_S = 10.0
-_UNKNOWN = -1e15  # a latency below this has no known start
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """Tell an observer what became of some records of one output topic.
-
-    Attributes:
-        topic: output topic.
-        delivered: records acknowledged by the brokers; in a transaction: committed.
-        latency_ms: float64, broker append of the cause → delivery report or commit, in
-            milliseconds; only of delivered records whose ``append_time`` is known.
-        suppressed: records that an earlier life had published, and which were not written again.
-        too_large: records that the topic does not take, which went to the dead letters.
-    """
-
-    topic: str
-    delivered: int
-    latency_ms: npt.NDArray[np.float64]
-    suppressed: int = 0
-    too_large: int = 0
-
-
-class Writer(Protocol):
-    """Write the records of one output partition, in order. Called by one worker thread."""
-
-    #: Where a new owner has to begin to read, to see what was written after the last `confirm`.
-    next_offset: int
-
-    @property
-    def pending(self) -> bytes:
-        """What was published before `next_offset`, its events yet to come; see `Published.pack`."""
-
-    def write(self, batch: OutRecords) -> None:
-        """Take the records; wait only if there is no room for more."""
-
-    def settle(self) -> Delivery | None:
-        """Account for what has been delivered since the last call, without waiting."""
-
-    def begin_confirm(self) -> None:
-        """Send what there is: several writers confirm faster if all begin first."""
-
-    def confirm(self) -> None:
-        """Wait, in bounded time, until everything taken is on the brokers for good."""
-
-    def close(self) -> None:
-        """Give up what is not confirmed: without a snapshot it is written again anyway."""
-
-
-def timeout_s(config: Mapping[str, Any]) -> float:
-    """Return after how long an unconfirmed record is an error, in seconds."""
-    return float({**PRODUCER_DEFAULTS, **config}["message.timeout.ms"]) / 1000 + _MARGIN_S
-
-
-# At least once
-
-
-class _WorkerProducer:
-    """The producer that all idempotent writers of one worker thread share."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = {**PRODUCER_DEFAULTS, **config, **_GUARANTEES}
-        self.timeout_s = timeout_s(config)
-        self._fatal: KafkaError | None = None
-        self.producer = Producer(
-            {**self.config, "error_cb": self._on_error}, logger=logging.getLogger("librdkafka")
-        )
-
-    def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._fatal = error
-
-    def raise_if_fatal(self) -> None:
-        if self._fatal is not None:
-            raise DeliveryError(
-                f"the Kafka producer cannot go on: {self._fatal.str()} ({self._fatal.name()}). "
-                "Restart the flow; the open epoch is written again"
-            )
-
-    def flush(self) -> int:
-        """Wait, in bounded time, until nothing is outstanding; return how many still are."""
-        wait = _Wait("delivery", self.timeout_s)
-        while True:
-            remaining: int = self.producer.flush(wait.slice_s())
-            self.raise_if_fatal()
-            if not remaining:
-                wait.is_over()
-                return 0
-            if wait.is_too_long():
-                return remaining
-
-
-_producers: WeakValueDictionary[tuple[int, tuple[tuple[str, str], ...]], _WorkerProducer] = (
-    WeakValueDictionary()
-)
-
-
-def _producer_of_this_thread(config: Mapping[str, Any]) -> _WorkerProducer:
-    key = (get_ident(), tuple(sorted((name, str(value)) for name, value in config.items())))
-    found = _producers.get(key)
-    if found is None or found._fatal is not None:
-        found = _producers[key] = _WorkerProducer(config)
-    return found
-
-
-class IdempotentWriter:
-    """Write records as they come: at least once.
-
-    Args:
-        topic, partition: where to.
-        config: librdkafka producer settings, over `PRODUCER_DEFAULTS`.
-        next_offset: the offset after the last record of an earlier life.
-
-    Raises DeliveryError from any method.
-    """
-
-    def __init__(
-        self, topic: str, partition: int, config: Mapping[str, Any], next_offset: int
-    ) -> None:
-        self.next_offset = next_offset
-        self._topic = topic
-        self._partition = partition
-        self._shared = _producer_of_this_thread(config)
-        self._producer = self._shared.producer
-        # Delivery reports of a partition come in the order of `produce`, so that a report needs
-        # no handle: the n-th report since the last `settle` is that of the n-th row of `_sent`.
-        self._sent: deque[tuple[OutRecords, float]] = deque()  # with the wall clock, in ms
-        self._settled = 0  # rows of the first batch in `_sent` that are already accounted for
-        self._latencies_s: list[float] = []
-        self._last: Message | None = None
-        self._failures: list[KafkaError] = []
-
-    @property
-    def pending(self) -> bytes:
-        return b""
-
-    # One call per record from here to `_reported`: nothing that can wait is done here.
-
-    def write(self, batch: OutRecords) -> None:
-        produce, topic, partition, report = (
-            self._producer.produce,
-            self._topic,
-            self._partition,
-            self._reported,
-        )
-        now_ms = time.time() * 1000
-        self._sent.append((batch, now_ms))
-        rows = zip(batch.keys, batch.values, batch.each_headers(), strict=True)
-        for key, value, headers in rows:
-            try:
-                produce(topic, value, key, partition, report, None, 0, headers)
-            except BufferError:
-                self._produce_when_there_is_room(key, value, headers)
-            except KafkaException as error:
-                raise _not_taken(error.args[0], topic, partition, 1) from error
-        self._producer.poll(0)
-
-    def _reported(self, error: KafkaError | None, message: Message) -> None:
-        if error is None:
-            self._latencies_s.append(message.latency() or 0.0)
-            self._last = message
-        else:
-            self._latencies_s.append(np.nan)
-            self._failures.append(error)
-
-    def _produce_when_there_is_room(
-        self, key: bytes | None, value: bytes | None, headers: Any
-    ) -> None:
-        deadline = time.monotonic() + self._shared.timeout_s
-        while True:
-            self._producer.poll(0.05)
-            self._shared.raise_if_fatal()
-            try:
-                self._producer.produce(
-                    self._topic, value, key, self._partition, self._reported, None, 0, headers
-                )
-                return
-            except BufferError as error:
-                if time.monotonic() > deadline:
-                    raise _no_room(self._topic, self._partition, self._shared.timeout_s) from error
-            except KafkaException as error:
-                raise _not_taken(error.args[0], self._topic, self._partition, 1) from error
-
-    def settle(self) -> Delivery | None:
-        self._producer.poll(0)
-        self._shared.raise_if_fatal()
-        if self._failures:
-            raise _not_taken(self._failures[0], self._topic, self._partition, len(self._failures))
-        if not self._latencies_s:
-            return None
-        latency_ms = np.array(self._latencies_s) * 1000
-        self._latencies_s.clear()
-        latency_ms += self._take_sent(len(latency_ms))
-        if self._last is not None:
-            self.next_offset = (self._last.offset() or 0) + 1
-            self._last = None
-        return Delivery(self._topic, len(latency_ms), latency_ms[latency_ms > _UNKNOWN])
-
-    def _take_sent(self, count: int) -> npt.NDArray[np.float64]:
-        """Settle the next `count` rows sent; return ms from their append to their `produce`."""
-        ages: list[npt.NDArray[np.float64]] = []
-        while count:
-            batch, now_ms = self._sent[0]
-            start, stop = self._settled, min(self._settled + count, len(batch))
-            ages.append(_ages_ms(batch.append_time[start:stop], now_ms))
-            count -= stop - start
-            self._settled = stop
-            if stop == len(batch):
-                self._sent.popleft()
-                self._settled = 0
-        return np.concatenate(ages)
-
-    def begin_confirm(self) -> None:
-        pass  # the producer sends at once, and `confirm` flushes it for all
-
-    def confirm(self) -> None:
-        outstanding = self._shared.flush()
-        if self._failures:
-            self.settle()
-        if outstanding:
-            raise _unconfirmed(outstanding, self._topic, self._partition, self._shared.timeout_s)
-
-    def close(self) -> None:
-        self._sent.clear()
-
-
-# Exactly once
 
 
 class TransactionalWriter:
@@ -340,7 +101,7 @@ class TransactionalWriter:
         self._transaction_s = transaction_s
         self._read_tail = tail
         # Larger requests cost less, and the commit sends at once what still lingers.
-        merged = {**PRODUCER_DEFAULTS, "linger.ms": 10, **config, **_GUARANTEES}
+        merged = {**PRODUCER_DEFAULTS, "linger.ms": 10, **config, **GUARANTEES}
         merged.setdefault(
             "transaction.timeout.ms", int(merged["message.timeout.ms"]) + _TRANSACTION_MARGIN_MS
         )
@@ -387,7 +148,7 @@ class TransactionalWriter:
             if self._waiting_rows > _MOST_ROWS_WAITING:
                 self._wait_until(
                     lambda: self._waiting_rows <= _MOST_ROWS_WAITING // 2,
-                    lambda: _no_room(self._topic, self._partition, self._timeout_s),
+                    lambda: no_room(self._topic, self._partition, self._timeout_s),
                 )
             self._raise_failure()
 
@@ -399,13 +160,11 @@ class TransactionalWriter:
             committed, self._committed = self._committed, []
             suppressed, self._suppressed = self._suppressed, 0
         latencies = [
-            _ages_ms(batch.append_time, now_ms)
-            for batches, now_ms in committed
-            for batch in batches
+            ages_ms(batch.append_time, now_ms) for batches, now_ms in committed for batch in batches
         ]
         latency_ms = np.concatenate(latencies) if latencies else np.empty(0)
         return Delivery(
-            self._topic, len(latency_ms), latency_ms[latency_ms > _UNKNOWN], suppressed=suppressed
+            self._topic, len(latency_ms), latency_ms[latency_ms > UNKNOWN], suppressed=suppressed
         )
 
     def confirm(self) -> None:
@@ -414,7 +173,7 @@ class TransactionalWriter:
             self._changed.notify_all()
             self._wait_until(
                 lambda: not (self._busy or self._open or self._waiting),
-                lambda: _unconfirmed(
+                lambda: unconfirmed(
                     self._open_rows + self._waiting_rows,
                     self._topic,
                     self._partition,
@@ -500,11 +259,11 @@ class TransactionalWriter:
                 except BufferError as error:
                     deadline = deadline or time.monotonic() + self._timeout_s
                     if time.monotonic() > deadline:
-                        raise _no_room(topic, partition, self._timeout_s) from error
+                        raise no_room(topic, partition, self._timeout_s) from error
                     self._producer.poll(0.05)
                 except KafkaException as error:
                     if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                        raise _not_taken(error.args[0], topic, partition, 1) from error
+                        raise not_taken(error.args[0], topic, partition, 1) from error
                     return False
         return True
 
@@ -573,7 +332,7 @@ class TransactionalWriter:
             except KafkaException as error:
                 reason = error.args[0]
             if reason.code() in _HOPELESS or time.monotonic() + pause_s > deadline:
-                raise _not_taken(reason, self._topic, self._partition, self._open_rows)
+                raise not_taken(reason, self._topic, self._partition, self._open_rows)
             _logger.warning(
                 "a transaction of %s/%d is aborted and written again: %s",
                 self._topic,
@@ -592,7 +351,7 @@ class TransactionalWriter:
 
     def _persist(self, act: Callable[[float], None], failure: str) -> None:
         """Repeat what may be repeated; raise KafkaException for what wants an abort."""
-        wait = _Wait(f"transactional.id {self._id!r}", self._timeout_s)
+        wait = Wait(f"transactional.id {self._id!r}", self._timeout_s)
         while True:
             try:
                 act(wait.slice_s())
@@ -626,71 +385,3 @@ class TransactionalWriter:
             "See to the brokers (the transaction coordinator among them), then restart the flow; "
             "the open epoch is written again, once"
         )
-
-
-class _Wait:
-    """Wait for the brokers in slices, so that it can be said that and how long; in one thread."""
-
-    _next_told = 0.0  # of all waits of the process: in an outage every partition waits
-
-    def __init__(self, what: str, bound_s: float) -> None:
-        self._what, self._bound_s = what, bound_s
-        self._began = time.monotonic()
-        self._told = False
-
-    def slice_s(self) -> float:
-        """Return how long to wait now, in seconds."""
-        left_s = self._began + self._bound_s - time.monotonic()
-        return max(0.1, min(left_s, _TELL_AFTER_S))
-
-    def is_too_long(self) -> bool:
-        """Tell whether the bound is reached; if not, say that the brokers are waited for."""
-        now = time.monotonic()
-        waited_s = now - self._began
-        if waited_s >= self._bound_s:
-            return True
-        if waited_s >= _TELL_AFTER_S and now >= _Wait._next_told:
-            _Wait._next_told = now + _TELL_EVERY_S
-            self._told = True
-            _logger.warning(
-                "%s: the brokers have confirmed nothing for %.0f s; the flow waits, and stops if "
-                "it takes %g s",
-                self._what,
-                waited_s,
-                self._bound_s,
-            )
-        return False
-
-    def is_over(self) -> None:
-        """Say that it has been worth it, if the wait was told of."""
-        if self._told:
-            waited_s = time.monotonic() - self._began
-            _logger.warning("%s: the brokers confirm again, after %.1f s", self._what, waited_s)
-
-
-def _ages_ms(append_time: npt.NDArray[np.int64], now_ms: float) -> npt.NDArray[np.float64]:
-    return np.where(append_time >= 0, now_ms - append_time, 2 * _UNKNOWN)
-
-
-def _not_taken(error: KafkaError, topic: str, partition: int, count: int) -> DeliveryError:
-    return DeliveryError(
-        f"Kafka did not take {count} record(s) for {topic}/{partition}: {error.str()} "
-        f"({error.name()}), after the producer's own retries. See to the brokers and the "
-        "topic, then restart the flow; the open epoch is written again"
-    )
-
-
-def _no_room(topic: str, partition: int, timeout_s: float) -> DeliveryError:
-    return DeliveryError(
-        f"the producer's queue stayed full for {timeout_s:g} s while writing to "
-        f"{topic}/{partition}: the brokers take nothing. See to them, then restart the flow; the "
-        "open epoch is written again"
-    )
-
-
-def _unconfirmed(count: int, topic: str, partition: int, timeout_s: float) -> DeliveryError:
-    return DeliveryError(
-        f"{count} records are unconfirmed {timeout_s:g} s after the epoch's end "
-        f"({topic}/{partition} among them). See to the brokers, then restart the flow; the open "
-        "epoch is written again"
-    )
