@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features import state_dir
-from features.batch import Column, EventBatch, in_order
+from features.batch import Column, EventBatch
 from features.declare import FeatureSet
 from features.events import Event, column_kinds
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
 from features.profiles import PROFILES, point_in_time
-from features.windows import SHARDS, Layout, WindowState, evaluate, shards_of
+from features.windows import SHARDS, Layout, WindowShards, WindowState, evaluate, group_by_shard
 
 CHUNK_ROWS = 65_536
 
@@ -47,43 +47,36 @@ class Replay:
         self.features = features
         self.sources = tuple(sources)
         self.shards = shards
-        self._layouts = [Layout.of(view, sources, shards) for view in features.views]
-        self._states: list[dict[int, WindowState]] = [{} for _ in self._layouts]
-        for layout, states in zip(self._layouts, self._states, strict=True):
+        layouts = [Layout.of(view, sources, shards) for view in features.views]
+        self._views = [WindowShards(layout) for layout in layouts]
+        for states in self._views:
             for shard in range(shards) if start else ():
                 assert start is not None
-                snapshot = start.read(layout.view.name, shard)
+                snapshot = start.read(states.layout.view.name, shard)
                 if snapshot is not None:
-                    states[shard] = WindowState.restore(layout, snapshot)
+                    states[shard] = WindowState.restore(states.layout, snapshot)
 
     def __call__(self, batch: EventBatch) -> EventBatch:
         """Return the batch's answered rows with all features as columns, in the same order.
 
         ``seq`` must ascend. O(windows) a row, amortised.
         """
-        for layout, states in zip(self._layouts, self._states, strict=True):
-            batch = _windows(layout, states, batch, self.shards)
+        for states in self._views:
+            grouped = group_by_shard(batch[states.layout.view.key], self.shards)
+            batch = evaluate(states.layout, states.update(batch, *grouped))
         answered = batch["source"] == self.sources.index(self.features.of)
         return batch.take(answered)
 
     def snapshots(self) -> dict[str, dict[int, bytes]]:
-        """Return the window state by view and shard."""
+        """Return the window state by view and shard, of the shards that hold any."""
         return {
-            layout.view.name: {shard: state.snapshot() for shard, state in states.items()}
-            for layout, states in zip(self._layouts, self._states, strict=True)
+            states.layout.view.name: {
+                shard: states[shard].snapshot()
+                for shard in range(self.shards)
+                if states[shard].entities
+            }
+            for states in self._views
         }
-
-
-def _windows(
-    layout: Layout, states: dict[int, WindowState], batch: EventBatch, shards: int
-) -> EventBatch:
-    parts = []
-    for shard, part in batch.split(shards_of(batch[layout.view.key], shards)):
-        if shard not in states:
-            states[shard] = WindowState(layout)
-        parts.append(states[shard].update(part))
-    merged = in_order(parts)
-    return evaluate(layout, merged) if merged is not None else batch
 
 
 def interleave(

@@ -6,8 +6,10 @@ to it, so there are few keys to route, wake and snapshot, and rescaling moves wh
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import bytewax.operators as op
 import numpy as np
@@ -20,11 +22,17 @@ from features.batch import EventBatch, in_order
 from features.declare import FeatureView
 from features.events import DTYPES, Event, column_kinds
 from features.state_dir import StateDir
-from features.windows import Layout, WindowState, evaluate, shards_of
+from features.windows import (
+    Int,
+    Layout,
+    WindowShards,
+    WindowState,
+    evaluate,
+    group_by_shard,
+)
 
 log = structlog.get_logger()
 
-_Item = tuple[int, EventBatch]  # a shard and its rows
 _NO_STATE = -1
 
 
@@ -51,10 +59,11 @@ def windows(
     """
     layout = Layout.of(view, sources, shards.count)
     _warm_up(layout)
-
+    names = [f"s{shard:03d}" for shard in range(shards.count)]
+    worker = _Worker(layout, shards.start)
     woken = False
 
-    def split(batches: list[EventBatch]) -> Iterable[tuple[str, _Item]]:
+    def split(batches: list[EventBatch]) -> Iterable[tuple[str, _Part]]:
         nonlocal woken
         batch = in_order(batches)
         if batch is None:
@@ -63,60 +72,156 @@ def windows(
             # Every shard takes its first state now, so that the first snapshot holds them all and
             # a later life never looks at `shards.start`, which may be gone or newer by then.
             woken = True
-            for shard in range(shards.count):
-                yield f"s{shard:03d}", (shard, batch.take(slice(0)))
-        for shard, part in batch.split(shards_of(batch[view.key], shards.count)):
-            yield f"s{shard:03d}", (shard, part)
+            nobody = _Grouped.of(batch.take(slice(0)), view.key, shards.count)
+            for shard, name in enumerate(names):
+                yield name, _Part(nobody, shard)
+        grouped = _Grouped.of(batch, view.key, shards.count)
+        for shard in np.flatnonzero(np.diff(grouped.starts)).tolist():
+            yield names[shard], _Part(grouped, shard)
 
-    def merge(items: list[tuple[str, EventBatch]]) -> Iterable[EventBatch]:
-        batch = in_order([part for _, part in items])
-        if batch is not None:
-            yield evaluate(layout, batch)
+    def merge(_: list[tuple[str, None]]) -> Iterable[EventBatch]:
+        return worker.finished()
 
     def build(snapshot: bytes | None) -> _ShardLogic:
-        return _ShardLogic(layout, shards.start, snapshot)
+        return _ShardLogic(worker, snapshot)
 
-    sharded: KeyedStream[_Item] = op.flat_map_batch("split", up, split)
+    sharded: KeyedStream[_Part] = op.flat_map_batch("split", up, split)
     answered = op.stateful_batch("state", sharded, build)
     return op.flat_map_batch("merge", answered, merge)
 
 
-class _ShardLogic(StatefulBatchLogic[_Item, EventBatch, bytes]):
-    def __init__(self, layout: Layout, start: StateDir | None, snapshot: bytes | None) -> None:
+class _Grouped(NamedTuple):
+    """A batch, its row numbers grouped by shard, and where each shard's begin."""
+
+    batch: EventBatch
+    rows: Int
+    starts: Int
+
+    @staticmethod
+    def of(batch: EventBatch, key: str, shards: int) -> _Grouped:
+        return _Grouped(batch, *group_by_shard(batch[key], shards))
+
+
+class _Part:
+    """The rows of one shard in a batch, which the parts of one worker share: nothing is copied
+    unless it goes to another process."""
+
+    __slots__ = ("shard", "whole")
+
+    def __init__(self, whole: _Grouped, shard: int) -> None:
+        self.whole = whole
+        self.shard = shard
+
+    @property
+    def rows(self) -> Int:
+        starts = self.whole.starts
+        return self.whole.rows[starts[self.shard] : starts[self.shard + 1]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shards = len(self.whole.starts) - 1
+        return _part_alone, (self.whole.batch.take(self.rows), self.shard, shards)
+
+
+def _part_alone(batch: EventBatch, shard: int, shards: int) -> _Part:
+    starts = np.zeros(shards + 1, np.int64)
+    starts[shard + 1 :] = len(batch)
+    return _Part(_Grouped(batch, np.arange(len(batch)), starts), shard)
+
+
+class _Worker(threading.local):
+    """A worker's shards. Their logics only collect what is due: one call of the kernel does it for
+    all of them, at the latest when one of them has to give its snapshot."""
+
+    def __init__(self, layout: Layout, start: StateDir | None) -> None:
+        self.states = WindowShards(layout)
         self._layout = layout
         self._start = start
-        self._state = None if snapshot is None else WindowState.restore(layout, snapshot)
         self._until = _NO_STATE
+        self._due: list[_Part] = []
+        self._finished: list[EventBatch] = []
+        self._called = False  # `merge` will be
         self._late = METRICS.late_events.labels(layout.view.name, "yes")
         self._too_late = METRICS.late_events.labels(layout.view.name, "no")
 
-    def on_batch(self, values: list[_Item]) -> tuple[list[EventBatch], bool]:
-        state = self._state
-        if state is None:  # Bytewax does not tell a new logic its key; the items do
-            state = self._state = self._first_state(values[0][0])
-        late, too_late = state.late, state.too_late
-        batch = in_order([part for _, part in values])
-        if batch is None:
-            return [], StatefulBatchLogic.RETAIN
-        if self._until != _NO_STATE:
-            _count_overlap(batch, self._layout, self._until)
-        answered = state.update(batch)
-        self._too_late.inc(state.too_late - too_late)
-        self._late.inc(state.late - late - (state.too_late - too_late))
-        return [answered], StatefulBatchLogic.RETAIN
-
-    def _first_state(self, shard: int) -> WindowState:
-        snapshot = None
-        if self._start is not None:
-            snapshot = self._start.read(self._layout.view.name, shard)
-            self._until = self._start.manifest.until
-        if snapshot is None:
-            return WindowState(self._layout)
+    def restored(self, snapshot: bytes) -> WindowState:
         return WindowState.restore(self._layout, snapshot)
 
+    def begin(self, shard: int, state: WindowState | None) -> None:
+        """Go on with a shard's state, or begin it where new ones start."""
+        if state is None and self._start is not None:
+            self._until = self._start.manifest.until
+            snapshot = self._start.read(self._layout.view.name, shard)
+            state = None if snapshot is None else self.restored(snapshot)
+        if state is not None:
+            self.states[shard] = state
+
+    def collect(self, parts: list[_Part]) -> list[None]:
+        """Note what is due; return what calls `merge`."""
+        self._due += parts
+        if self._called:
+            return []
+        self._called = True
+        return [None]
+
+    def process(self) -> None:
+        """Process what is due."""
+        due, self._due = self._due, []
+        grouped = self._together(due)
+        if grouped is None:
+            return
+        if self._until != _NO_STATE:
+            _count_overlap(grouped.batch, self._layout, self._until)
+        states = self.states
+        late, too_late = states.late, states.too_late
+        batch = states.update(*grouped)
+        self._too_late.inc(states.too_late - too_late)
+        self._late.inc(states.late - late - (states.too_late - too_late))
+        self._finished.append(evaluate(self._layout, batch))
+
+    def _together(self, due: list[_Part]) -> _Grouped | None:
+        """Return the parts' rows as one batch in order; None if there are none."""
+        by_batch: dict[int, list[_Part]] = {}
+        for part in due:
+            by_batch.setdefault(id(part.whole), []).append(part)
+        batches = []
+        for parts in by_batch.values():
+            whole = parts[0].whole
+            rows = np.concatenate([part.rows for part in parts])
+            if len(rows) == len(whole.batch):
+                if len(by_batch) == 1 and len(rows):
+                    return whole
+                batches.append(whole.batch)
+            else:  # the others went to other workers
+                batches.append(whole.batch.take(np.sort(rows)))
+        batch = in_order(batches)
+        if batch is None:
+            return None
+        return _Grouped.of(batch, self._layout.view.key, len(self.states))
+
+    def finished(self) -> list[EventBatch]:
+        """Return what has been processed since the last time, all that is due included."""
+        self.process()
+        self._called = False
+        finished, self._finished = self._finished, []
+        return finished
+
+
+class _ShardLogic(StatefulBatchLogic[_Part, None, bytes]):
+    def __init__(self, worker: _Worker, snapshot: bytes | None) -> None:
+        self._worker = worker
+        self._shard = -1  # Bytewax does not tell a logic its key; the items do
+        self._state = None if snapshot is None else worker.restored(snapshot)  # until then
+
+    def on_batch(self, values: list[_Part]) -> tuple[list[None], bool]:
+        if self._shard < 0:
+            self._shard = values[0].shard
+            self._worker.begin(self._shard, self._state)
+            self._state = None
+        return self._worker.collect(values), StatefulBatchLogic.RETAIN
+
     def snapshot(self) -> bytes:
-        assert self._state is not None, "a logic exists only once it has seen an event"
-        return self._state.snapshot()
+        self._worker.process()
+        return self._worker.states[self._shard].snapshot()
 
 
 def _count_overlap(batch: EventBatch, layout: Layout, until: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +34,14 @@ from dataflows.steps.encode import AuditRecord, Prediction, audit, encode
 from dataflows.steps.lookup import lookup
 from dataflows.steps.score import score
 from dataflows.steps.windows import Shards, windows
-from features.batch import EventBatch
+from features.batch import EventBatch, in_order
 from features.events import EventDecoder
 from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
 from features.offline import Replay
 from features.online_store import StoreUnavailable
 from features.profiles import CUSTOMER_PROFILE, PROFILES, TERMINAL_PROFILE
 from features.state_dir import FORMAT, StateDir, StateManifest, write_state
+from features.windows import Layout
 from model.package import DECISIONS, Thresholds
 from tests.bad_input import ACCEPTED, APPENDED, REFUSED, wire
 from tests.bad_input import transaction as wire_transaction
@@ -241,6 +244,36 @@ def test_windows_give_the_replays_bits_whatever_the_batches(
     out = run(cut(rows, cuts), both_windows(Shards(shards)))
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
     assert [int(seq) for batch in out for seq in batch["seq"]] == list(range(len(rows)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(ROWS, CUTS, st.data())
+def test_shards_on_two_workers_give_the_replays_bits(
+    rows: list[Any], cuts: list[int], data: st.DataObject
+) -> None:
+    """What one worker keeps shares its batch; what goes to another is pickled."""
+    shards = 5
+    key, layout = CARD.key, Layout.of(CARD, SOURCES, shards)
+    moves = data.draw(st.frozensets(st.integers(0, shards - 1)), "shards of the other worker")
+    here, there = (windows_step._Worker(layout, None) for _ in range(2))
+    out = []
+    for batch in cut(rows, cuts):
+        whole = windows_step._Grouped.of(batch, key, shards)
+        for shard in range(shards):
+            part = windows_step._Part(whole, shard)
+            if shard in moves:
+                there.collect([pickle.loads(pickle.dumps(part))])
+            else:
+                here.collect([part])
+        if data.draw(st.booleans(), "processed now"):
+            out += here.finished() + there.finished()
+    out += here.finished() + there.finished()
+    merged = in_order(out)
+    expected = Replay(replace(FRAUD, features=[CARD]), SOURCES)(events(rows))
+    assert merged is not None and len(merged) == len(rows)
+    answered = merged.take(merged["source"] == TRANSACTION)
+    for name in (*CARD.names, "seq"):
+        assert answered[name].tobytes() == expected[name].tobytes(), name
 
 
 @settings(max_examples=15, deadline=None)

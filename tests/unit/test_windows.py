@@ -22,7 +22,14 @@ from features.declare import (
     Sum,
 )
 from features.events import Event, EventTime, Key, Money
-from features.windows import Layout, WindowState, evaluate, shards_of
+from features.windows import (
+    Layout,
+    WindowShards,
+    WindowState,
+    evaluate,
+    group_by_shard,
+    shards_of,
+)
 from tests.unit.naive_windows import Row, naive_features
 
 
@@ -84,24 +91,31 @@ def batch_of(rows: list[Row]) -> EventBatch:
 
 
 def kernel_features(
-    view: FeatureView, rows: list[Row], cuts: list[int], restarts: frozenset[int] = frozenset()
+    view: FeatureView,
+    rows: list[Row],
+    cuts: list[int],
+    restarts: frozenset[int] = frozenset(),
+    shards: int = 1,
 ) -> list[dict[str, float] | None]:
     """Feed rows in batches cut at `cuts`, going through bytes after those in `restarts`."""
-    layout = Layout.of(view, SOURCES)
-    state = WindowState(layout, entities=1, entries=4)
+    layout = Layout.of(view, SOURCES, shards)
+    small = [WindowState(layout, entities=1, entries=4) for _ in range(shards)]
+    states = WindowShards(layout, small)
     out: list[dict[str, float] | None] = []
     edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
     for i, (begin, end) in enumerate(pairwise(edges)):
         batch = batch_of(rows[begin:end])
         if len(batch) == 0:
             continue
-        answered_batch = evaluate(layout, state.update(batch))
+        grouped = group_by_shard(batch["shop"], shards)
+        answered_batch = evaluate(layout, states.update(batch, *grouped))
         for j, row in enumerate(rows[begin:end]):
             answered = row.source is view.of
             features = {name: float(answered_batch[name][j]) for name in view.names}
             out.append(features if answered else None)
         if i in restarts:
-            state = WindowState.restore(layout, state.snapshot())
+            for shard in range(shards):
+                states[shard] = WindowState.restore(layout, states[shard].snapshot())
     return out
 
 
@@ -157,6 +171,22 @@ def test_any_split_and_any_restart_equals_the_naive_rule(
 ) -> None:
     view = VIEWS[name]
     assert_identical(kernel_features(view, rows, cuts, restarts), naive_features(view, rows))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@SETTINGS
+@given(rows=ROWS, cuts=CUTS, restarts=st.frozensets(st.integers(0, 12)))
+def test_shards_processed_in_one_call_do_not_touch_each_other(
+    name: str, rows: list[Row], cuts: list[int], restarts: frozenset[int]
+) -> None:
+    view, shards = VIEWS[name], 3
+    shard_of = shards_of(batch_of(rows)["shop"], shards).tolist()
+    alone = [
+        iter(naive_features(view, [row for row, s in zip(rows, shard_of, strict=True) if s == n]))
+        for n in range(shards)
+    ]
+    expected = [next(alone[shard]) for shard in shard_of]
+    assert_identical(kernel_features(view, rows, cuts, restarts, shards), expected)
 
 
 @SETTINGS
