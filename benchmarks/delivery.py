@@ -22,171 +22,23 @@ command with 1.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import re
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-from confluent_kafka import Consumer, TopicPartition
 from hdrh.histogram import HdrHistogram
 from rich.console import Console
 
-from dataflows.demo.prepare import Prepared, plan, prepare
-from dataflows.demo.processes import Guard
-from tests.kafka.cluster import KafkaCluster
+from benchmarks.harness import RESULTS, Bench, await_that, bench, machine, reader, receive
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 MODES = ("at_least_once", "exactly_once")
-PARTITIONS = {
-    "transactions": 4,
-    "fraud_reports": 1,
-    "predictions": 4,
-    "dead_letters": 1,
-    "audit": 1,
-}
 
 
-@dataclass
-class Bench:
-    """What all measurements share."""
-
-    cluster: KafkaCluster
-    prepared: Prepared
-    guard: Guard
-    folder: Path
-    runs: int = 0
-
-    def run(self, delivery: str) -> Run:
-        """Return a run with topics and a recovery store of its own."""
-        self.runs += 1
-        topics = {name: f"{name}_{self.runs}" for name in PARTITIONS}
-        for name, topic in topics.items():
-            self.cluster.create_topic(topic, PARTITIONS[name])
-        return Run(self, delivery, topics, self.folder / f"run{self.runs}")
-
-
-@dataclass
-class Run:
-    """A flow on topics of its own."""
-
-    bench: Bench
-    delivery: str
-    topics: dict[str, str]
-    folder: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def start(self, snapshot_s: int) -> subprocess.Popen[bytes]:
-        """Start the flow; return when it reads."""
-        self.folder.mkdir(exist_ok=True)
-        log = self.log
-        before = log.stat().st_size if log.exists() else 0
-        process = self.bench.guard.start(
-            "bytewax.run",
-            [
-                *("dataflows.fraud", "-r", str(self.folder / "recovery")),
-                *("-s", str(snapshot_s), "-b", "0"),
-            ],
-            log=log,
-            env={
-                "KAFKA_BOOTSTRAP_SERVERS": self.bench.cluster.bootstrap_servers,
-                "GROUP_ID": f"bench{self.topics['transactions']}",
-                "DELIVERY": self.delivery,
-                "MODEL_DIR": str(self.bench.prepared.model),
-                "FEAST_REPO": str(self.bench.prepared.feast),
-                "LOG_FORMAT": "json",
-                **{f"{name.upper()}_TOPIC": topic for name, topic in self.topics.items()},
-            },
-        )
-        self.processes.append(process)
-        await_that(lambda: '"reading {' in self.text(before) or process.poll() is not None)
-        if process.poll() is not None:
-            raise SystemExit(f"the flow did not start:\n{self.text(before)[-3000:]}")
-        return process
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "flow.log"
-
-    def text(self, after: int = 0) -> str:
-        return self.log.read_bytes()[after:].decode() if self.log.exists() else ""
-
-    def load(self, count: int, rate: float | None = None) -> subprocess.Popen[bytes]:
-        """Start to send events."""
-        self.folder.mkdir(exist_ok=True)
-        arguments = ["--bootstrap-servers", self.bench.cluster.bootstrap_servers]
-        arguments += ["--topic", self.topics["transactions"], "--count", str(count)]
-        arguments += ["--rate", str(rate)] if rate else []
-        return self.bench.guard.start("benchmarks.load", arguments, log=self.folder / "load.log")
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
-            process.wait(120)
-            self.bench.guard.ended(process)
-        self.processes.clear()
-
-
-def await_that(condition: Callable[[], bool], timeout_s: float = 180.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit("waited too long")
-        time.sleep(0.05)
-
-
-@contextmanager
-def reader(run: Run) -> Iterator[Consumer]:
-    """Yield a consumer of the committed predictions, from now on."""
-    consumer = Consumer(
-        {
-            "bootstrap.servers": run.bench.cluster.bootstrap_servers,
-            "group.id": "bench-reader",
-            "isolation.level": "read_committed",
-            "fetch.wait.max.ms": 10,
-            "enable.auto.commit": False,
-        }
-    )
-    topic = run.topics["predictions"]
-    consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS["predictions"])])
-    try:
-        yield consumer
-    finally:
-        consumer.close()
-
-
-def receive(
-    consumer: Consumer, count: int, timeout_s: float
-) -> Iterator[tuple[float, list[bytes]]]:
-    """Yield (wall clock, values) until `count` predictions have come."""
-    deadline, heard = time.monotonic() + timeout_s, 0
-    while heard < count:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{heard} of {count} predictions came in {timeout_s:g} s")
-        messages = consumer.consume(10_000, 0.02)
-        now = time.time()
-        values = [m.value() for m in messages if m.error() is None]
-        heard += len(values)
-        if values:
-            yield now, values
-
-
-def throughput(bench: Bench, delivery: str, count: int) -> float:
+def throughput(on: Bench, delivery: str, count: int) -> float:
     """Return events/s scored from a backlog."""
-    run = bench.run(delivery)
+    run = on.run(delivery)
     run.load(count).wait()
     run.start(snapshot_s=10)
     seen, times, counts = 0, [], []
@@ -203,9 +55,9 @@ def throughput(bench: Bench, delivery: str, count: int) -> float:
 _EVENT_TIME = re.compile(rb'"event_time":(\d+)')
 
 
-def latency(bench: Bench, delivery: str, rate: float, seconds: float) -> HdrHistogram:
+def latency(on: Bench, delivery: str, rate: float, seconds: float) -> HdrHistogram:
     """Return latencies in units of 0.1 ms, of the events after the first fifth."""
-    run = bench.run(delivery)
+    run = on.run(delivery)
     count = int(rate * seconds)
     histogram = HdrHistogram(1, 36_000_000, 3)
     run.start(snapshot_s=10)
@@ -226,9 +78,9 @@ def latency(bench: Bench, delivery: str, rate: float, seconds: float) -> HdrHist
     return histogram
 
 
-def tail_scan(bench: Bench, count: int) -> tuple[int, float]:
+def tail_scan(on: Bench, count: int) -> tuple[int, float]:
     """Return how many records were read, and the seconds that took."""
-    run = bench.run("exactly_once")
+    run = on.run("exactly_once")
     run.load(count).wait()
     run.start(snapshot_s=3600)
     with reader(run) as consumer:
@@ -258,18 +110,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30, help="length of the latency runs")
     parser.add_argument("--tail", type=int, default=200_000, help="records of the tail scan")
     options = parser.parse_args()
-    home = ROOT / ".demo"
-    home.mkdir(exist_ok=True)
     console = Console(stderr=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
-    try:
-        with Guard() as guard:
-            prepared = plan(home, "2018-08-08")
-            prepare(prepared, home, guard, console)
-            with KafkaCluster(heap="1g") as cluster:
-                report, missed = measure(Bench(cluster, prepared, guard, folder), options, console)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with bench(console) as ready:
+        report, missed = measure(ready, options, console)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "delivery.md").write_text(report)
     print(report)
@@ -278,15 +121,15 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def measure(bench: Bench, options: argparse.Namespace, console: Console) -> tuple[str, list[str]]:
+def measure(on: Bench, options: argparse.Namespace, console: Console) -> tuple[str, list[str]]:
     """Take all measurements; return the report and the budgets missed."""
     for mode in MODES:
-        latency(bench, mode, options.rate, options.seconds)
+        latency(on, mode, options.rate, options.seconds)
     console.print("the broker is warm")
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(options.pairs):
         for mode in MODES:
-            rates[mode].append(throughput(bench, mode, options.backlog))
+            rates[mode].append(throughput(on, mode, options.backlog))
             console.print(f"{mode}: {rates[mode][-1]:,.0f} events/s")
     # In pairs, one after the other: what else the machine does changes slowly.
     ratio = statistics.median(
@@ -297,14 +140,14 @@ def measure(bench: Bench, options: argparse.Namespace, console: Console) -> tupl
     histograms = {mode: HdrHistogram(1, 36_000_000, 3) for mode in MODES}
     for _ in range(options.pairs):
         for mode in MODES:
-            histogram = latency(bench, mode, options.rate, options.seconds)
+            histogram = latency(on, mode, options.rate, options.seconds)
             histograms[mode].add(histogram)
             p99s[mode].append(histogram.get_value_at_percentile(99) / 10)
             console.print(f"{mode}: p99 {p99s[mode][-1]:.1f} ms")
     more_ms = statistics.median(
         once - least for least, once in zip(*(p99s[mode] for mode in MODES), strict=True)
     )
-    records, scan_s = tail_scan(bench, options.tail)
+    records, scan_s = tail_scan(on, options.tail)
     rows = []
     for mode in MODES:
         percentiles = [histograms[mode].get_value_at_percentile(p) / 10 for p in (50, 95, 99, 99.9)]
@@ -348,21 +191,6 @@ def measure(bench: Bench, options: argparse.Namespace, console: Console) -> tupl
         f"{what}: {value}, wanted {wanted}" for what, value, wanted, met in budgets if not met
     ]
     return "\n".join(lines) + "\n", missed
-
-
-def machine() -> str:
-    """Say what this was measured on."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("bytewax", "confluent-kafka")
-    )
-    return (
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores shared by broker, generator, "
-        f"flow and reader; Python {platform.python_version()}, {versions}; revision "
-        f"{revision or 'unknown'}, {time.strftime('%Y-%m-%d')}."
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""What the benchmarks share: a broker, the flow, a load and a reader, each its own process.
+
+Everything runs on this machine. The broker is Apache Kafka (`tests.kafka.cluster`), the flow the
+real one with the demo's model and profiles.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from confluent_kafka import Consumer, TopicPartition
+from rich.console import Console
+
+from dataflows.demo.prepare import Prepared, plan, prepare
+from dataflows.demo.processes import Guard
+from tests.kafka.cluster import KafkaCluster
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PARTITIONS = {
+    "transactions": 4,
+    "fraud_reports": 1,
+    "predictions": 4,
+    "dead_letters": 1,
+    "audit": 1,
+}
+
+
+@dataclass
+class Bench:
+    """What all measurements share."""
+
+    cluster: KafkaCluster
+    prepared: Prepared
+    guard: Guard
+    folder: Path
+    runs: int = 0
+
+    def run(self, delivery: str) -> Run:
+        """Return a run with topics and a recovery store of its own."""
+        self.runs += 1
+        topics = {name: f"{name}_{self.runs}" for name in PARTITIONS}
+        for name, topic in topics.items():
+            self.cluster.create_topic(topic, PARTITIONS[name])
+        return Run(self, delivery, topics, self.folder / f"run{self.runs}")
+
+
+@dataclass
+class Run:
+    """A flow on topics of its own."""
+
+    bench: Bench
+    delivery: str
+    topics: dict[str, str]
+    folder: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, snapshot_s: int) -> subprocess.Popen[bytes]:
+        """Start the flow; return when it reads."""
+        self.folder.mkdir(exist_ok=True)
+        log = self.log
+        before = log.stat().st_size if log.exists() else 0
+        process = self.bench.guard.start(
+            "bytewax.run",
+            [
+                *("dataflows.fraud", "-r", str(self.folder / "recovery")),
+                *("-s", str(snapshot_s), "-b", "0"),
+            ],
+            log=log,
+            env={
+                "KAFKA_BOOTSTRAP_SERVERS": self.bench.cluster.bootstrap_servers,
+                "GROUP_ID": f"bench{self.topics['transactions']}",
+                "DELIVERY": self.delivery,
+                "MODEL_DIR": str(self.bench.prepared.model),
+                "FEAST_REPO": str(self.bench.prepared.feast),
+                "LOG_FORMAT": "json",
+                **{f"{name.upper()}_TOPIC": topic for name, topic in self.topics.items()},
+            },
+        )
+        self.processes.append(process)
+        await_that(lambda: '"reading {' in self.text(before) or process.poll() is not None)
+        if process.poll() is not None:
+            raise SystemExit(f"the flow did not start:\n{self.text(before)[-3000:]}")
+        return process
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "flow.log"
+
+    def text(self, after: int = 0) -> str:
+        return self.log.read_bytes()[after:].decode() if self.log.exists() else ""
+
+    def load(self, count: int, rate: float | None = None) -> subprocess.Popen[bytes]:
+        """Start to send events."""
+        self.folder.mkdir(exist_ok=True)
+        arguments = ["--bootstrap-servers", self.bench.cluster.bootstrap_servers]
+        arguments += ["--topic", self.topics["transactions"], "--count", str(count)]
+        arguments += ["--rate", str(rate)] if rate else []
+        return self.bench.guard.start("benchmarks.load", arguments, log=self.folder / "load.log")
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+            process.wait(120)
+            self.bench.guard.ended(process)
+        self.processes.clear()
+
+
+def await_that(condition: Callable[[], bool], timeout_s: float = 180.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("waited too long")
+        time.sleep(0.05)
+
+
+@contextmanager
+def reader(run: Run) -> Iterator[Consumer]:
+    """Yield a consumer of the committed predictions, from now on."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": run.bench.cluster.bootstrap_servers,
+            "group.id": "bench-reader",
+            "isolation.level": "read_committed",
+            "fetch.wait.max.ms": 10,
+            "enable.auto.commit": False,
+        }
+    )
+    topic = run.topics["predictions"]
+    consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS["predictions"])])
+    try:
+        yield consumer
+    finally:
+        consumer.close()
+
+
+def receive(
+    consumer: Consumer, count: int, timeout_s: float
+) -> Iterator[tuple[float, list[bytes]]]:
+    """Yield (wall clock, values) until `count` predictions have come, as soon as they are here."""
+    deadline, heard = time.monotonic() + timeout_s, 0
+    while heard < count:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{heard} of {count} predictions came in {timeout_s:g} s")
+        first = consumer.poll(0.1)
+        if first is None:
+            continue
+        messages = [first, *consumer.consume(10_000, 0)]
+        now = time.time()
+        values = [m.value() for m in messages if m.error() is None]
+        heard += len(values)
+        if values:
+            yield now, values
+
+
+@contextmanager
+def bench(console: Console) -> Iterator[Bench]:
+    """Yield everything that a benchmark needs, prepared; take it down afterwards."""
+    home = ROOT / ".demo"
+    home.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
+    try:
+        with Guard() as guard:
+            prepared = plan(home, "2018-08-08")
+            prepare(prepared, home, guard, console)
+            with KafkaCluster(heap="1g") as cluster:
+                yield Bench(cluster, prepared, guard, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine() -> str:
+    """Say what this was measured on."""
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("bytewax", "confluent-kafka")
+    )
+    return (
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores shared by broker, generator, "
+        f"flow and reader; Python {platform.python_version()}, {versions}; revision "
+        f"{revision or 'unknown'}, {time.strftime('%Y-%m-%d')}."
+    )
