@@ -27,6 +27,8 @@ import msgspec
 import numba as nb
 import numpy as np
 import numpy.typing as npt
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from features.batch import EventBatch
 from features.declare import FeatureView, milliseconds
@@ -94,8 +96,8 @@ class _Rule(NamedTuple):
     merges: bool  # sum 0 of every log is then its entries' number of events
 
 
-# What `_run` calls for every event is inlined: passing the arrays to a function counts references
-# to each of them, which took 40 % of an event's time.
+# What `_run` calls for every event is inlined, and the arrays are passed without their owners: to
+# count references to each of them took four fifths of an event's time.
 
 
 @nb.njit(cache=True, inline="always")
@@ -425,10 +427,51 @@ def _forget(logs, stairs):  # type: ignore[no-untyped-def]
             stairs[j, x, :] = stairs[j, x, _LAST]
 
 
+@nb.njit(cache=True)
+def _look_up(state, keys, rows, hashes, entities):  # type: ignore[no-untyped-def]
+    """Find the entity of each row, or −1, and bring what `_run` will need of it into the cache.
+
+    Here no row waits for another, so the processor fetches the memory of many at once: with
+    100,000 entities an event takes 0.4 instead of 0.9 µs.
+    """
+    for k in range(len(rows)):
+        key = keys[rows[k]]
+        hashes[k] = _hash(key, keys.shape[1])
+    mask = np.uint64(len(state.slots) - 1)
+    touched = np.int64(0)
+    for k in range(len(rows)):
+        touched += state.slots[np.int64(hashes[k] & mask)]
+    for k in range(len(rows)):
+        entities[k] = _find(state, hashes[k], keys[rows[k]])
+    for k in range(len(rows)):
+        e = entities[k]
+        if e >= 0:
+            touched += state.newest[e]
+            for j in range(state.meta.shape[1]):
+                touched += state.meta[e, j, _OFFSET]
+                if state.stairs.shape[2]:
+                    touched += state.stairs[e, j, 0, _LAST]
+    for k in range(len(rows)):
+        e = entities[k]
+        if e >= 0:
+            for j in range(state.meta.shape[1]):
+                base = state.meta[e, j, _OFFSET]
+                for c in range(_END, state.meta.shape[2]):
+                    at = base + state.meta[e, j, c]
+                    if at < len(state.times):
+                        touched += state.times[at]
+                        for v in range(state.prefix.shape[0]):
+                            touched += state.prefix[v, at]
+    return touched
+
+
 @nb.njit(cache=True, inline="always")
 def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since, rows):  # type: ignore[no-untyped-def]
     """Process these rows in order; return (how many, _DONE or what must grow first)."""
     counters = state.counters
+    hashes = np.empty(len(rows), np.uint64)
+    entities = np.empty(len(rows), np.int64)
+    _look_up(state, keys, rows, hashes, entities)
     for k in range(len(rows)):
         i = rows[k]
         log = rule.log_of[source[i]]
@@ -436,8 +479,10 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
         if log < 0 and not answered:
             continue  # of no concern to this view
         tick = t[i] // rule.tick * rule.tick
-        h = _hash(keys[i], keys.shape[1])
-        entity = _find(state, h, keys[i])
+        h = hashes[k]
+        entity = entities[k]
+        if entity < 0:  # unless a row before it was the first of this key
+            entity = _find(state, h, keys[i])
         if entity < 0:
             n = counters[_ENTITIES]
             if n >= len(state.hashes) or (n + 1) * 2 > len(state.slots):
@@ -490,6 +535,19 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
     return len(rows), _DONE
 
 
+@intrinsic
+def _lent(_, array):  # type: ignore[no-untyped-def]
+    """Return the same array without its owner, so that passing it on counts no references."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        lent = context.make_array(array)(context, builder, arguments[0])
+        lent.meminfo = cgutils.get_null_value(lent.meminfo.type)
+        lent.parent = cgutils.get_null_value(lent.parent.type)
+        return lent._getvalue()
+
+    return array(array), codegen
+
+
 @nb.njit(cache=True)
 def _run_shards(  # type: ignore[no-untyped-def]
     states, rule, keys, source, t, values, peaks, counts, sums, best, since, rows, starts, at
@@ -498,13 +556,28 @@ def _run_shards(  # type: ignore[no-untyped-def]
     `at` are done. Return (place, shard, _DONE or what must grow first, late, too late), the last
     two of all shards since they were made."""
     late, too_late = 0, 0
+    rule = _Rule(
+        _lent(rule.log_of), rule.answered, _lent(rule.windows), rule.delay, rule.horizon,
+        rule.lateness, rule.idle, rule.tick, rule.merges,
+    )  # fmt: skip
+    keys, source, t = _lent(keys), _lent(source), _lent(t)
+    values, peaks = _lent(values), _lent(peaks)
+    counts, sums, best, since = _lent(counts), _lent(sums), _lent(best), _lent(since)
+    rows = _lent(rows)
     for shard in range(len(starts) - 1):
         begin = max(at, starts[shard])
         end = starts[shard + 1]
         if begin >= end:
             continue
+        state = states[shard]
+        lent = _Arrays(
+            _lent(state.slots), _lent(state.hashes), _lent(state.keys), _lent(state.newest),
+            _lent(state.meta), _lent(state.stairs), _lent(state.times), _lent(state.prefix),
+            _lent(state.peaks), _lent(state.stair_times), _lent(state.stair_values),
+            _lent(state.free), _lent(state.counters),
+        )  # fmt: skip
         done, needed = _run(
-            states[shard], rule, keys, source, t, values, peaks, counts, sums, best, since,
+            lent, rule, keys, source, t, values, peaks, counts, sums, best, since,
             rows[begin:end],
         )  # fmt: skip
         if needed != _DONE:
