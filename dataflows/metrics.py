@@ -7,6 +7,7 @@ The account must balance for each topic that is scored:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,10 +32,14 @@ OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 
 
 class LatencyHistogram(Collector):
-    """A latency distribution fed with arrays: exact to 1 % from 10 µs to an hour, then "an hour".
+    """A latency distribution fed with arrays: exact to 2 % from 10 µs to an hour, then "an hour".
 
     Kept as an HDR histogram, exported as a Prometheus histogram.
     """
+
+    #: Steps a factor of e that latencies are rounded to before they are counted. In a backlog all
+    #: are different, and the histogram takes them one by one.
+    _STEPS = 100
 
     _UNIT_S = 1e-5
     _MOST_UNITS = round(3600 / _UNIT_S)
@@ -57,9 +62,11 @@ class LatencyHistogram(Collector):
             np.searchsorted(self._bounds, seconds), minlength=len(self._buckets)
         )
         # HdrHistogram drops what is out of its range, and a backlog can be hours old.
-        in_range = np.clip(np.rint(seconds / self._UNIT_S), 1, self._MOST_UNITS)
-        for unit, count in zip(*np.unique(in_range, return_counts=True), strict=True):
-            self._histogram.record_value(int(unit), int(count))
+        in_range = np.clip(seconds / self._UNIT_S, 1, self._MOST_UNITS)
+        steps = np.bincount((np.log(in_range) * self._STEPS + 0.5).astype(np.intp))
+        for step in np.flatnonzero(steps).tolist():
+            unit = min(round(math.exp(step / self._STEPS)), self._MOST_UNITS)
+            self._histogram.record_value(unit, int(steps[step]))
 
     def percentile_ms(self, *percentiles: float) -> dict[str, float | None]:
         """Return percentiles in ms, by name: ``{"p50": 2.1, …}``; None before any observation."""

@@ -131,7 +131,6 @@ class IdempotentWriter:
                 self._produce_when_there_is_room(key, value, headers)
             except KafkaException as error:
                 raise not_taken(error.args[0], topic, partition, 1) from error
-        self._producer.poll(0)
 
     def _reported(self, error: KafkaError | None, message: Message) -> None:
         if error is None:

@@ -119,6 +119,21 @@ class OutRecords:
             else [batch.headers_of(row)[before:] for batch in batches for row in range(len(batch))],
         )
 
+    def largest(self) -> int:
+        """Return an upper bound of what any record takes, larger than `most_bytes` but cheaper.
+
+        >>> OutRecords([b"kk", b"k"], [b"1", b"22"], np.array([0]), [b"a", b"b"]).largest()
+        133
+        """
+        if self.headers is not None:
+            return int(self.most_bytes().max(initial=0))
+        columns: list[Sequence[bytes | None]] = [self.keys, self.values, self.event_ids]
+        bytes_ = _BYTES_A_RECORD
+        if self.origins is not None:
+            columns.append(self.origins)
+            bytes_ += _BYTES_A_HEADER
+        return bytes_ + sum(max(map(len, filter(None, each)), default=0) for each in columns)
+
     def most_bytes(self) -> Int64s:
         """Return int64, an upper bound of what each record takes in a batch of its own. O(rows).
 

@@ -254,10 +254,12 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
 
         A dead letter that is too large stays, without its record.
         """
-        sizes = batch.most_bytes()
-        if not len(batch) or int(sizes.max()) <= self._most_bytes:
+        if batch.largest() <= self._most_bytes:
             return batch, None
+        sizes = batch.most_bytes()
         too_large = sizes > self._most_bytes
+        if not too_large.any():
+            return batch, None
         fitting = batch.take(np.flatnonzero(~too_large))
         letters: list[OutRecords] = []
         for row in np.flatnonzero(too_large).tolist():
@@ -324,13 +326,6 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         """Hand the records to the writer."""
         for batch in values:
             self._writer.write(batch)
-        self.settle()
-
-    def settle(self) -> None:
-        """Tell the observer what has been delivered since the last time."""
-        delivery = self._writer.settle()
-        if delivery is not None and self._observe is not None:
-            self._observe(delivery)
 
     def snapshot(self) -> SinkState:
         """Return the partition's `SinkState`, once all records are delivered.
@@ -341,7 +336,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         for other in _open_partitions[self._thread]:
             other._writer.begin_confirm()
         self._writer.confirm()
-        self.settle()
+        poll_sinks()
         writer = self._writer
         return _FORMAT, writer.next_offset, self._partitions, writer.pending, self._owner
 
@@ -357,8 +352,15 @@ _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thr
 def poll_sinks() -> None:
     """Serve the delivery reports that have come for this thread's sinks, without waiting.
 
-    A latency counts until its report is served, so somebody has to do it also when nothing is
-    being written: pass this to `KafkaSource` as `between_batches`.
+    Tells each topic's observer what has been delivered since the last time, and raises the
+    DeliveryError of a writer that failed. A latency counts until its report is served, so somebody
+    has to do this also when nothing is being written: pass it to `KafkaSource` as
+    `between_batches`.
     """
+    settled: dict[tuple[str, Callable[[Delivery], None]], list[Delivery]] = {}
     for each in _open_partitions.get(get_ident(), ()):
-        each.settle()
+        delivery = each._writer.settle()
+        if delivery is not None and each._observe is not None:
+            settled.setdefault((delivery.topic, each._observe), []).append(delivery)
+    for (_, observe), deliveries in settled.items():
+        observe(Delivery.sum(deliveries))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +59,19 @@ class Delivery:
     latency_ms: npt.NDArray[np.float64]
     suppressed: int = 0
     too_large: int = 0
+
+    @staticmethod
+    def sum(deliveries: Sequence[Delivery]) -> Delivery:
+        """Return several partitions' deliveries of one topic as one."""
+        if len(deliveries) == 1:
+            return deliveries[0]
+        return Delivery(
+            deliveries[0].topic,
+            sum(each.delivered for each in deliveries),
+            np.concatenate([each.latency_ms for each in deliveries]),
+            sum(each.suppressed for each in deliveries),
+            sum(each.too_large for each in deliveries),
+        )
 
 
 class Writer(Protocol):

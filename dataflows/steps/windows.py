@@ -6,9 +6,9 @@ to it, so there are few keys to route, wake and snapshot, and rescaling moves wh
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import bytewax.operators as op
@@ -60,8 +60,16 @@ def windows(
     layout = Layout.of(view, sources, shards.count)
     _warm_up(layout)
     names = [f"s{shard:03d}" for shard in range(shards.count)]
-    worker = _Worker(layout, shards.start)
+    # By thread. Not `threading.local`: the engine's threads are not Python's, and what is local to
+    # them is gone at the next call.
+    workers: dict[int, _Worker] = {}
     woken = False
+
+    def worker() -> _Worker:
+        found = workers.get(get_ident())
+        if found is None:
+            found = workers[get_ident()] = _Worker(layout, shards.start)
+        return found
 
     def split(batches: list[EventBatch]) -> Iterable[tuple[str, _Part]]:
         nonlocal woken
@@ -80,10 +88,10 @@ def windows(
             yield names[shard], _Part(grouped, shard)
 
     def merge(_: list[tuple[str, None]]) -> Iterable[EventBatch]:
-        return worker.finished()
+        return worker().finished()
 
     def build(snapshot: bytes | None) -> _ShardLogic:
-        return _ShardLogic(worker, snapshot)
+        return _ShardLogic(worker(), snapshot)
 
     sharded: KeyedStream[_Part] = op.flat_map_batch("split", up, split)
     answered = op.stateful_batch("state", sharded, build)
@@ -128,7 +136,7 @@ def _part_alone(batch: EventBatch, shard: int, shards: int) -> _Part:
     return _Part(_Grouped(batch, np.arange(len(batch)), starts), shard)
 
 
-class _Worker(threading.local):
+class _Worker:
     """A worker's shards. Their logics only collect what is due: one call of the kernel does it for
     all of them, at the latest when one of them has to give its snapshot."""
 
