@@ -109,17 +109,21 @@ class Scorer:
         A contribution is the score minus the score with that one feature at its baseline (the
         manifest's median of legitimate transactions). Shapes [n, k], int64 positions in
         `manifest.features` and float64 contributions, largest first, ties in feature order.
-        Costs the scoring of n × (F + 1) rows, so explain what was flagged, not everything.
+        Costs the scoring of up to n × (F + 1) rows, so explain what was flagged, not everything.
         """
         rows = np.asarray(x, dtype=np.float64)
         count, width = rows.shape
         if not 1 <= k <= width:
             raise ValueError(f"k is a number of features from 1 to {width}; got {k}")
-        variants = np.repeat(rows[:, None, :], width + 1, axis=1)  # [n, F + 1, F], the last as is
-        for feature, baseline in enumerate(self.manifest.baseline):
-            variants[:, feature, feature] = baseline
-        scores = self.score(variants.reshape(-1, width)).reshape(count, width + 1)
-        contributions = scores[:, -1:] - scores[:, :-1]
+        # What stands at its baseline contributes nothing; only the rest is tried.
+        row, feature = np.nonzero(rows != self.manifest.baseline)
+        variants = np.concatenate([rows, rows[row]])
+        variants[np.arange(count, len(variants)), feature] = np.array(self.manifest.baseline)[
+            feature
+        ]
+        scores = self.score(variants)
+        contributions = np.zeros((count, width))
+        contributions[row, feature] = scores[row] - scores[count:]
         top = np.argsort(-contributions, axis=1, kind="stable")[:, :k]
         return top, np.take_along_axis(contributions, top, axis=1)
 
