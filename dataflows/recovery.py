@@ -29,6 +29,7 @@ import stat
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,9 @@ _PLAIN_OPCODES = frozenset(
     }
 )
 _MOST_OPCODES = 100_000
+#: Processes of a cluster start together: how long a lock may say what will soon be otherwise.
+_SETTLES_S = 2.0
+_LOOK_AGAIN_S = 0.02
 _DAMAGED_PICKLE = (
     ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
     pickle.UnpicklingError,
@@ -232,8 +236,16 @@ def _make_private(directory: Path) -> None:
 
 def _hold(directory: Path, process: int, processes: int) -> int:
     file = os.open(directory / f".process-{process}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + _SETTLES_S
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # by one that starts, too, while it looks at the others
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_AGAIN_S)
     except BlockingIOError:
         who = _holder(file)
         os.close(file)
@@ -272,19 +284,31 @@ def _refuse_others(directory: Path, processes: int) -> None:
         if number is None:
             continue
         file = os.open(path, os.O_RDWR)
+        deadline = time.monotonic() + _SETTLES_S
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            size = _who(file)[2]
-            if int(number[1]) < processes and size == str(processes):
-                continue
-            raise RecoveryError(
-                f"the recovery directory {directory} is in use: {_holder(file)} still runs as "
-                f"process {number[1]} of a cluster of {size} on it, and this one has {processes}. "
-                "Stop that one first"
-            ) from None
+            while (size := _size_if_held(file)) is not None:
+                if int(number[1]) < processes and size == str(processes):
+                    break
+                # One that starts holds the lock before it has said what it is.
+                if time.monotonic() > deadline:
+                    raise RecoveryError(
+                        f"the recovery directory {directory} is in use: {_holder(file)} still runs "
+                        f"as process {number[1]} of a cluster of {size or '?'} on it, and this one "
+                        f"has {processes}. Stop that one first"
+                    )
+                time.sleep(_LOOK_AGAIN_S)
         finally:
             os.close(file)
+
+
+def _size_if_held(file: int) -> str | None:
+    """Return the size of the cluster whose process holds this lock; None: nobody does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _who(file)[2]
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return None
 
 
 def is_held(directory: Path, process: int) -> bool:

@@ -322,6 +322,17 @@ class Run:
             self.load.stop()
         self.reader.close()
 
+    def _await_silence(self) -> None:
+        """Wait until nothing of an earlier life is under way to the brokers: a slow one may still
+        have a killed process's last requests before it."""
+        outputs = [self.topics[name] for name in OUTPUTS]
+        ends = self.reader.ends(outputs)
+        while True:
+            time.sleep(0.5)
+            before, ends = ends, self.reader.ends(outputs)
+            if ends == before:
+                return
+
     def note_life(self) -> None:
         """Note where this life goes on, and where its outputs will begin; before it writes."""
         outputs = [self.topics[name] for name in OUTPUTS]
@@ -330,8 +341,8 @@ class Run:
 
     def start(self, hold: str = "", at: Sequence[int] = ()) -> None:
         """Start a life."""
+        self._await_silence()
         self.flow.start(hold, at)
-        # By now nothing of an earlier life is under way to the brokers.
         self.flow.wait(lambda process: process.says('"starting"'), "it starts", any=True)
         self.note_life()
 

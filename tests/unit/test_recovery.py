@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -236,6 +237,31 @@ def test_a_larger_cluster_waits_for_the_flow_that_runs(
     for process in (1, 2):  # as an orchestrator may start them first
         with pytest.raises(RecoveryError, match="process 0 of a cluster of 1 on it, .* has 3"):
             prepare(process=process, processes=3)
+
+
+def test_a_process_that_just_starts_has_not_said_yet_what_it_is(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare(process=0, processes=2)
+    lock = os.open(directory / ".process-1.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    said = threading.Timer(0.3, os.pwrite, (lock, b"1 host 2", 0))
+    said.start()
+    recovery._refuse_others(directory, 2)
+    said.join()
+    os.close(lock)
+
+
+def test_a_look_at_a_lock_does_not_keep_its_process_from_starting(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare(process=0, processes=2)
+    looking = os.open(directory / ".process-1.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    looked = threading.Timer(0.3, os.close, (looking,))
+    looked.start()
+    prepare(process=1, processes=2)
+    looked.join()
 
 
 def test_a_smaller_cluster_waits_for_the_last_of_a_larger_one(
