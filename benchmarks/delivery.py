@@ -27,55 +27,13 @@ import signal
 import statistics
 import sys
 
-import numpy as np
 from hdrh.histogram import HdrHistogram
 from rich.console import Console
 
+from benchmarks.flow import MOST_UNITS, UNITS_PER_MS, drain, steady
 from benchmarks.harness import RESULTS, Bench, await_that, bench, machine, reader, receive
 
 MODES = ("at_least_once", "exactly_once")
-
-
-def throughput(on: Bench, delivery: str, count: int) -> float:
-    """Return events/s scored from a backlog."""
-    run = on.run(delivery)
-    run.load(count).wait()
-    run.start(snapshot_s=10)
-    seen, times, counts = 0, [], []
-    with reader(run) as consumer:
-        for now, values in receive(consumer, count, 300):
-            seen += len(values)
-            times.append(now)
-            counts.append(seen)
-    run.stop()
-    first = int(np.searchsorted(counts, count / 10))
-    return (counts[-1] - counts[first]) / (times[-1] - times[first])
-
-
-_EVENT_TIME = re.compile(rb'"event_time":(\d+)')
-
-
-def latency(on: Bench, delivery: str, rate: float, seconds: float) -> HdrHistogram:
-    """Return latencies in units of 0.1 ms, of the events after the first fifth."""
-    run = on.run(delivery)
-    count = int(rate * seconds)
-    histogram = HdrHistogram(1, 36_000_000, 3)
-    run.start(snapshot_s=10)
-    with reader(run) as consumer:
-        consumer.consume(1, 1.0)
-        load = run.load(count, rate)
-        warm_after_ms = None
-        for now, values in receive(consumer, count, seconds + 120):
-            for value in values:
-                found = _EVENT_TIME.search(value)
-                assert found is not None
-                at_ms = int(found[1])
-                warm_after_ms = warm_after_ms or at_ms + seconds * 200
-                if at_ms >= warm_after_ms:
-                    histogram.record_value(max(1, round((now * 1000 - at_ms) * 10)))
-        load.wait()
-    run.stop()
-    return histogram
 
 
 def tail_scan(on: Bench, count: int) -> tuple[int, float]:
@@ -124,12 +82,12 @@ def main() -> int:
 def measure(on: Bench, options: argparse.Namespace, console: Console) -> tuple[str, list[str]]:
     """Take all measurements; return the report and the budgets missed."""
     for mode in MODES:
-        latency(on, mode, options.rate, options.seconds)
+        steady(on, mode, options.rate, options.seconds)
     console.print("the broker is warm")
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(options.pairs):
         for mode in MODES:
-            rates[mode].append(throughput(on, mode, options.backlog))
+            rates[mode].append(drain(on, mode, options.backlog).rate)
             console.print(f"{mode}: {rates[mode][-1]:,.0f} events/s")
     # In pairs, one after the other: what else the machine does changes slowly.
     ratio = statistics.median(
@@ -137,12 +95,12 @@ def measure(on: Bench, options: argparse.Namespace, console: Console) -> tuple[s
         for least, once in zip(rates["at_least_once"], rates["exactly_once"], strict=True)
     )
     p99s: dict[str, list[float]] = {mode: [] for mode in MODES}
-    histograms = {mode: HdrHistogram(1, 36_000_000, 3) for mode in MODES}
+    histograms = {mode: HdrHistogram(1, MOST_UNITS, 3) for mode in MODES}
     for _ in range(options.pairs):
         for mode in MODES:
-            histogram = latency(on, mode, options.rate, options.seconds)
+            histogram = steady(on, mode, options.rate, options.seconds).histogram
             histograms[mode].add(histogram)
-            p99s[mode].append(histogram.get_value_at_percentile(99) / 10)
+            p99s[mode].append(histogram.get_value_at_percentile(99) / UNITS_PER_MS)
             console.print(f"{mode}: p99 {p99s[mode][-1]:.1f} ms")
     more_ms = statistics.median(
         once - least for least, once in zip(*(p99s[mode] for mode in MODES), strict=True)
@@ -150,7 +108,9 @@ def measure(on: Bench, options: argparse.Namespace, console: Console) -> tuple[s
     records, scan_s = tail_scan(on, options.tail)
     rows = []
     for mode in MODES:
-        percentiles = [histograms[mode].get_value_at_percentile(p) / 10 for p in (50, 95, 99, 99.9)]
+        percentiles = [
+            histograms[mode].get_value_at_percentile(p) / UNITS_PER_MS for p in (50, 95, 99, 99.9)
+        ]
         cells = [f"{value:,.1f}" for value in percentiles]
         runs = " / ".join(f"{rate:,.0f}" for rate in rates[mode])
         tails = " / ".join(f"{each:,.1f}" for each in p99s[mode])

@@ -66,15 +66,17 @@ class Run:
     folder: Path
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, snapshot_s: int) -> subprocess.Popen[bytes]:
-        """Start the flow; return when it reads."""
+    def start(
+        self, snapshot_s: int = 10, *, flow: str = "dataflows.fraud", **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """Start the flow, with more settings if given; return when it reads."""
         self.folder.mkdir(exist_ok=True)
         log = self.log
         before = log.stat().st_size if log.exists() else 0
         process = self.bench.guard.start(
             "bytewax.run",
             [
-                *("dataflows.fraud", "-r", str(self.folder / "recovery")),
+                *(flow, "-r", str(self.folder / "recovery")),
                 *("-s", str(snapshot_s), "-b", "0"),
             ],
             log=log,
@@ -86,6 +88,7 @@ class Run:
                 "FEAST_REPO": str(self.bench.prepared.feast),
                 "LOG_FORMAT": "json",
                 **{f"{name.upper()}_TOPIC": topic for name, topic in self.topics.items()},
+                **variables,
             },
         )
         self.processes.append(process)
@@ -101,12 +104,16 @@ class Run:
     def text(self, after: int = 0) -> str:
         return self.log.read_bytes()[after:].decode() if self.log.exists() else ""
 
-    def load(self, count: int, rate: float | None = None) -> subprocess.Popen[bytes]:
-        """Start to send events."""
+    def load(
+        self, count: int, rate: float | None = None, **options: object
+    ) -> subprocess.Popen[bytes]:
+        """Start to send events; `options` are those of `benchmarks.load`."""
         self.folder.mkdir(exist_ok=True)
         arguments = ["--bootstrap-servers", self.bench.cluster.bootstrap_servers]
         arguments += ["--topic", self.topics["transactions"], "--count", str(count)]
         arguments += ["--rate", str(rate)] if rate else []
+        for name, value in options.items():
+            arguments += [f"--{name}", str(value)]
         return self.bench.guard.start("benchmarks.load", arguments, log=self.folder / "load.log")
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -127,8 +134,8 @@ def await_that(condition: Callable[[], bool], timeout_s: float = 180.0) -> None:
 
 
 @contextmanager
-def reader(run: Run) -> Iterator[Consumer]:
-    """Yield a consumer of the committed predictions, from now on."""
+def reader(run: Run, *, from_end: bool = False) -> Iterator[Consumer]:
+    """Yield a consumer of the committed predictions, from the first one or from now on."""
     consumer = Consumer(
         {
             "bootstrap.servers": run.bench.cluster.bootstrap_servers,
@@ -139,7 +146,11 @@ def reader(run: Run) -> Iterator[Consumer]:
         }
     )
     topic = run.topics["predictions"]
-    consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS["predictions"])])
+    start = [TopicPartition(topic, n, 0) for n in range(PARTITIONS["predictions"])]
+    if from_end:
+        for each in start:
+            each.offset = consumer.get_watermark_offsets(each, 10)[1]
+    consumer.assign(start)
     try:
         yield consumer
     finally:

@@ -5,7 +5,7 @@
 
 In an open loop every event has its intended time of sending, whatever happens to those before it;
 the record's timestamp (and ``event_time``) is that time, so that a latency from it counts the
-wait of events that could not be sent in time. Cards and terminals are uniform.
+wait of events that could not be sent in time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ import time
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from confluent_kafka import Producer
 
 CARDS, TERMINALS = 5_000, 10_000
+#: How cards are drawn: all alike; one has a fifth of the events; Zipf's law, exponent 1.1.
+KEYS = ("uniform", "hot", "zipf")
+_HOT_SHARE, _ZIPF = 0.2, 1.1
+#: A burst is the first second of every five.
+_BURST_S, _PERIOD_S = 1.0, 5.0
 _TICK_S = 0.001
 
 
@@ -30,6 +36,36 @@ class _Transaction(msgspec.Struct):
     amount: float
 
 
+def cards(
+    rng: np.random.Generator, count: int, keys: str, population: int
+) -> npt.NDArray[np.int64]:
+    """Draw the card number of each event, in [0, `population`)."""
+    if keys == "zipf":
+        weights = 1.0 / np.arange(1, population + 1) ** _ZIPF
+        return rng.choice(population, count, p=weights / weights.sum())
+    drawn = rng.integers(0, population, count)
+    if keys == "hot":
+        drawn[rng.random(count) < _HOT_SHARE] = 0
+    return drawn
+
+
+def due(elapsed_s: float, rate: float, burst: float) -> float:
+    """Return how many events are to be sent by then.
+
+    With `burst` > 1, the first second of every five has `burst` times the rate and the others
+    less, so that the average is `rate`.
+
+    >>> due(1.0, 100, 1), due(1.0, 100, 3), due(5.0, 100, 3), due(6.0, 100, 3)
+    (100.0, 300.0, 500.0, 800.0)
+    """
+    if burst <= 1:
+        return elapsed_s * rate
+    periods, rest = divmod(elapsed_s, _PERIOD_S)
+    slow = rate * (_PERIOD_S - burst * _BURST_S) / (_PERIOD_S - _BURST_S)
+    within = rate * burst * min(rest, _BURST_S) + slow * max(0.0, rest - _BURST_S)
+    return rate * _PERIOD_S * periods + within
+
+
 def main() -> int:
     """Run the command line; print one line when all is sent."""
     parser = argparse.ArgumentParser("python -m benchmarks.load", description=__doc__)
@@ -37,12 +73,16 @@ def main() -> int:
     parser.add_argument("--topic", required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--rate", type=float, help="events/s; without it, as fast as can be")
+    parser.add_argument("--burst", type=float, default=1, help="factor, below 5; 1: none")
+    parser.add_argument("--keys", choices=KEYS, default="uniform", help="how cards are drawn")
+    parser.add_argument("--cards", type=int, default=CARDS)
     parser.add_argument("--name", default="tx", help="prefix of the transaction ids")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
-    cards = [f"C{n:05d}" for n in rng.integers(0, CARDS, options.count)]
-    terminals = [f"T{n:05d}" for n in rng.integers(0, TERMINALS, options.count)]
+    drawn = cards(rng, options.count, options.keys, options.cards)
+    names = [f"C{n:05d}" for n in drawn.tolist()]
+    terminals = [f"T{n:05d}" for n in rng.integers(0, TERMINALS, options.count).tolist()]
     amounts = np.round(rng.gamma(2.0, 30.0, options.count) + 0.01, 2).tolist()
     encode = msgspec.json.Encoder().encode
     producer = Producer(
@@ -54,23 +94,24 @@ def main() -> int:
         }
     )
     began = time.time()
-    sent = 0
+    sent, since = 0, 0.0
     while sent < options.count:
-        if options.rate:
-            due = min(options.count, int((time.time() - began) * options.rate))
-        else:
-            due = min(options.count, sent + 1000)
-        for n in range(sent, due):
-            at = began + n / options.rate if options.rate else time.time()
+        now = time.time() - began
+        until = min(options.count, int(due(now, options.rate, options.burst)) if options.rate
+                    else sent + 1000)  # fmt: skip
+        # Those since the last look were due evenly in between, to a millisecond or two.
+        step = (now - since) / (until - sent) if until > sent else 0.0
+        for n in range(sent, until):
+            at = began + since + (n - sent + 1) * step if options.rate else time.time()
             ms = int(at * 1000)
-            event = _Transaction(f"{options.name}{n}", cards[n], terminals[n], ms, amounts[n])
+            event = _Transaction(f"{options.name}{n}", names[n], terminals[n], ms, amounts[n])
             while True:
                 try:
-                    producer.produce(options.topic, encode(event), cards[n], timestamp=ms)
+                    producer.produce(options.topic, encode(event), names[n], timestamp=ms)
                     break
                 except BufferError:
                     producer.poll(0.01)
-        sent = due
+        sent, since = until, now
         producer.poll(0)
         if options.rate:
             time.sleep(_TICK_S)

@@ -48,8 +48,8 @@ class Replay:
         self.sources = tuple(sources)
         self.shards = shards
         layouts = [Layout.of(view, sources, shards) for view in features.views]
-        self._views = [WindowShards(layout) for layout in layouts]
-        for states in self._views:
+        self.views = [WindowShards(layout) for layout in layouts]
+        for states in self.views:
             for shard in range(shards) if start else ():
                 assert start is not None
                 snapshot = start.read(states.layout.view.name, shard)
@@ -61,7 +61,7 @@ class Replay:
 
         ``seq`` must ascend. O(windows) a row, amortised.
         """
-        for states in self._views:
+        for states in self.views:
             grouped = group_by_shard(batch[states.layout.view.key], self.shards)
             batch = evaluate(states.layout, states.update(batch, *grouped))
         answered = batch["source"] == self.sources.index(self.features.of)
@@ -75,7 +75,7 @@ class Replay:
                 for shard in range(self.shards)
                 if states[shard].entities
             }
-            for states in self._views
+            for states in self.views
         }
 
 

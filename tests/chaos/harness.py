@@ -357,6 +357,7 @@ class Run:
             kill = replace(kill, victim=fresh)
         self.kills.append(kill)
         if kill.point == "random" and kill.early and not self.flow.running:
+            self._await_silence()
             self.flow.start()
             deadline = time.monotonic() + kill.after_s
             try:
