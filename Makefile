@@ -44,6 +44,12 @@ demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s D
 chaos: $(STAMP) ## the whole kill matrix on Apache Kafka, half an hour (CHAOS_SEED=… repeats); rewrites its page
 	$(BIN)/python -m pytest -q -s tests/chaos/full.py
 
+.PHONY: bench bench-peers
+bench: $(STAMP) ## rates, latencies, stages and live state on Apache Kafka, 40 minutes; rewrites its page
+	$(BIN)/python -m benchmarks
+bench-peers: $(STAMP) ## the same job by us and by our peers, 15 minutes; rewrites its page
+	$(BIN)/python -m benchmarks.peers
+
 .PHONY: bench-delivery
 bench-delivery: $(STAMP) ## what exactly-once costs, on Apache Kafka; rewrites its page
 	$(BIN)/python -m benchmarks.delivery

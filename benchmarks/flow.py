@@ -1,0 +1,199 @@
+"""What the whole flow does: how fast it drains a backlog, how late its predictions are.
+
+All from outside: latencies from an event's intended time of sending to a reader's receiving its
+committed prediction, rates as the reader receives, CPU time and memory of the flow's process as the
+system counts them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import psutil
+from confluent_kafka import Consumer, Producer, TopicPartition
+from hdrh.histogram import HdrHistogram
+
+from benchmarks.harness import PARTITIONS, Bench, Run, reader, receive
+from benchmarks.instrumented import Stages
+
+#: Histograms count tenths of a millisecond, up to an hour, to three digits.
+UNITS_PER_MS = 10
+MOST_UNITS = 36_000_000
+_EVENT_TIME = re.compile(rb'"event_time":(\d+)')
+
+
+@dataclass
+class Usage:
+    """What a process has used since it was begun to be watched."""
+
+    cpu_s: float = 0.0
+    peak_mb: float = 0.0
+
+
+@contextmanager
+def watched(process: subprocess.Popen[bytes]) -> Iterator[Usage]:
+    """Yield the usage of a process; filled in when the block ends."""
+    usage, found = Usage(), psutil.Process(process.pid)
+    before = found.cpu_times()
+    yield usage
+    after = found.cpu_times()
+    usage.cpu_s = after.user + after.system - before.user - before.system
+    with open(f"/proc/{process.pid}/status") as status:
+        usage.peak_mb = next(int(line.split()[1]) / 1024 for line in status if "VmHWM" in line)
+
+
+@dataclass
+class Drained:
+    """How a backlog was scored: the steady part, from the first tenth to the last prediction."""
+
+    rate: float  # events/s
+    cpu_us: float  # of the flow's process, per event
+    peak_mb: float
+    stages: Stages | None = None
+
+
+def drain(
+    on: Bench,
+    delivery: str,
+    count: int,
+    *,
+    keys: str = "uniform",
+    stages: bool = False,
+    **more: str,
+) -> Drained:
+    """Score a backlog of `count` events."""
+    run = on.run(delivery)
+    run.load(count, keys=keys).wait()
+    with reader(run) as consumer:
+        process = run.start(**_flow(run, stages), **more)
+        times, counts = [], []
+        seen = 0
+        with watched(process) as usage:
+            for now, values in receive(consumer, count, 600):
+                seen += len(values)
+                times.append(now)
+                counts.append(seen)
+    run.stop()
+    first = int(np.searchsorted(counts, count / 10))
+    rate = (counts[-1] - counts[first]) / (times[-1] - times[first])
+    return Drained(rate, usage.cpu_s / count * 1e6, usage.peak_mb, _stages(run, stages))
+
+
+def _flow(run: Run, stages: bool) -> dict[str, str]:
+    if not stages:
+        return {}
+    run.folder.mkdir(exist_ok=True)
+    return {"flow": "benchmarks.instrumented", "BENCH_STAGES": str(run.folder / "stages.json")}
+
+
+def _stages(run: Run, stages: bool) -> Stages | None:
+    if not stages:
+        return None
+    return msgspec.json.decode((run.folder / "stages.json").read_bytes(), type=Stages)
+
+
+@dataclass
+class Steady:
+    """Latencies under a steady rate, in 0.1 ms, of the events after the first fifth."""
+
+    rate: float
+    histogram: HdrHistogram
+    cpu_us: float
+    peak_mb: float
+    #: Median latency of the last quarter over that of the second quarter: far above 1, the flow
+    #: falls behind.
+    drift: float
+    stages: Stages | None = None
+
+    def ms(self, percentile: float) -> float:
+        return float(self.histogram.get_value_at_percentile(percentile)) / UNITS_PER_MS
+
+    @property
+    def max_ms(self) -> float:
+        return float(self.histogram.get_max_value()) / UNITS_PER_MS
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the lag stayed bounded: latencies neither grew nor came near a second."""
+        return self.ms(50) < 1000 and self.drift < 3
+
+
+def steady(
+    on: Bench,
+    delivery: str,
+    rate: float,
+    seconds: float,
+    *,
+    keys: str = "uniform",
+    burst: float = 1,
+    stages: bool = False,
+    **more: str,
+) -> Steady:
+    """Send `rate` events/s for `seconds`, in an open loop."""
+    run = on.run(delivery)
+    count = int(rate * seconds)
+    histogram = HdrHistogram(1, MOST_UNITS, 3)
+    at_ms: list[np.ndarray] = []
+    late_ms: list[np.ndarray] = []
+    process = run.start(**_flow(run, stages), **more)
+    with reader(run) as consumer:
+        consumer.consume(1, 1.0)
+        with watched(process) as usage:
+            load = run.load(count, rate, keys=keys, burst=burst)
+            for now, values in receive(consumer, count, seconds + 180):
+                sent = np.array([int(_EVENT_TIME.search(value)[1]) for value in values])  # type: ignore[index]
+                at_ms.append(sent)
+                late_ms.append(now * 1000 - sent)
+            load.wait()
+    run.stop()
+    at, late = np.concatenate(at_ms), np.concatenate(late_ms)
+    counted = late[at >= at.min() + seconds * 200]
+    units = np.clip(np.rint(counted * UNITS_PER_MS), 1, MOST_UNITS).astype(np.int64)
+    for unit, times in zip(*np.unique(units, return_counts=True), strict=True):
+        histogram.record_value(int(unit), int(times))
+    quarter = (at - at.min()) * 4 // (at.max() - at.min() + 1)
+    drift = float(np.median(late[quarter == 3]) / np.median(late[quarter == 1]))
+    cpu_us = usage.cpu_s / count * 1e6
+    return Steady(rate, histogram, cpu_us, usage.peak_mb, drift, _stages(run, stages))
+
+
+def ceiling(on: Bench, count: int) -> float:
+    """Return events/s of a bare consume → produce loop over the same number of partitions."""
+    run = on.run("ceiling")
+    run.load(count).wait()
+    topic, out = run.topics["transactions"], run.topics["predictions"]
+    address = {"bootstrap.servers": on.cluster.bootstrap_servers}
+    consumer = Consumer(
+        {**address, "group.id": "ceiling", "enable.auto.commit": False,
+         "queued.min.messages": 100_000, "fetch.wait.max.ms": 10}
+    )  # fmt: skip
+    producer = Producer(
+        {**address, "enable.idempotence": True, "linger.ms": 1,
+         "queue.buffering.max.messages": 1_000_000}
+    )  # fmt: skip
+    consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS["transactions"])])
+    seen, first, began = 0, 0, 0.0
+    while seen < count:
+        messages = [m for m in consumer.consume(1024, 0.1) if m.error() is None]
+        if seen < count / 10 <= seen + len(messages):
+            first, began = seen + len(messages), time.perf_counter()
+        seen += len(messages)
+        for message in messages:
+            while True:
+                try:
+                    producer.produce(out, message.value(), message.key(), message.partition())
+                    break
+                except BufferError:
+                    producer.poll(0.01)
+        producer.poll(0)
+    producer.flush(60)
+    took = time.perf_counter() - began
+    consumer.close()
+    return (count - first) / took
