@@ -46,7 +46,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -97,6 +97,8 @@ _FIRST = "first"  # metadata of a group offset at which nothing has been read ye
 _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
+_DOZE = timedelta(milliseconds=3)
+_DOZE_AFTER = 500  # turns, half a second
 _OBSERVE_EVERY_S = 0.25
 _LAST_COMMIT_S = 2.0
 
@@ -435,6 +437,7 @@ class _Reader:
         # Latest stream time to emit in this epoch; None: the other workers have to be asked.
         self._horizon: int | None = _NO_LIMIT
         self._at_once = False
+        self._empty_turns = 0
         self._last_turn = 0.0
         self._next_observation = 0.0
         self._next_outage_log = 0.0
@@ -609,6 +612,7 @@ class _Reader:
         if time.monotonic() >= self._next_observation:
             self._observe()
         records = self._read(max(1, source.batch_size()))
+        self._empty_turns = 0 if records is not None else self._empty_turns + 1
         if records is None:
             if source.stop_at_end and self._everything_emitted():
                 self._drain_after = leader.snapshots
@@ -623,7 +627,10 @@ class _Reader:
             return None
         if part.name != self._leader.name:
             return _NEVER
-        return datetime.now(UTC) if self._at_once else None
+        if self._at_once:
+            return datetime.now(UTC)
+        # None: in a millisecond. A flow that has had nothing to do for a while looks less often.
+        return datetime.now(UTC) + _DOZE if self._empty_turns > _DOZE_AFTER else None
 
     def snapshot(self, part: _Part) -> int:
         lane, leader = self._lanes[part.name], self._leader

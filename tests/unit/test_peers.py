@@ -12,7 +12,7 @@ from benchmarks.peers import job
 from benchmarks.peers.backlog import CARDS, Backlog, check, inputs, window_sums
 from benchmarks.peers.contenders import CEILING, CONTENDERS, OURS, REQUIREMENTS, Contender
 from benchmarks.peers.job import INPUTS, WINDOWS_MS, advance, features
-from benchmarks.peers.report import Result, budgets, disturbance, table
+from benchmarks.peers.report import Result, advantage, budgets, disturbance, table
 
 OTHER = Contender("other", "other", "none", budget=2.0)
 OURSELVES = Contender(OURS, "ours", "all")
@@ -123,6 +123,14 @@ def test_the_table_has_a_row_for_who_failed() -> None:
 def test_budgets(rate: float, measured: str, verdict: str) -> None:
     runs = {OURSELVES: [Result(9, 9, 100.0)], OTHER: [Result(9, 9, rate)]}
     assert budgets(runs) == [("at least 2 × other", measured, verdict)]
+
+
+def test_runs_are_compared_round_by_round() -> None:
+    ours = [Result(9, 9, rate) for rate in (100.0, 50.0, 90.0)]
+    theirs = [Result(9, 9, rate) for rate in (50.0, 10.0, 30.0)]
+    assert advantage(ours, theirs) == 3.0
+    assert advantage(ours, theirs[:1]) == 90.0 / 50.0
+    assert advantage(ours, [Result(9)]) == 0.0
 
 
 def test_a_disturbed_run_is_said() -> None:
