@@ -50,6 +50,10 @@ bench: $(STAMP) ## rates, latencies, stages and live state on Apache Kafka, 40 m
 bench-peers: $(STAMP) ## the same job by us and by our peers, 15 minutes; rewrites its page
 	$(BIN)/python -m benchmarks.peers
 
+.PHONY: bench-guard
+bench-guard: $(STAMP) ## the flow's rate over a bare loop's, against a stored band (two minutes; CI runs it)
+	$(BIN)/python -m benchmarks.guard
+
 .PHONY: bench-delivery
 bench-delivery: $(STAMP) ## what exactly-once costs, on Apache Kafka; rewrites its page
 	$(BIN)/python -m benchmarks.delivery

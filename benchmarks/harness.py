@@ -22,7 +22,7 @@ from pathlib import Path
 from confluent_kafka import Consumer, TopicPartition
 from rich.console import Console
 
-from dataflows.demo.prepare import Prepared, plan, prepare
+from dataflows.demo.prepare import plan, prepare
 from dataflows.demo.processes import Guard
 from tests.kafka.cluster import KafkaCluster
 
@@ -42,9 +42,10 @@ class Bench:
     """What all measurements share."""
 
     cluster: KafkaCluster
-    prepared: Prepared
     guard: Guard
     folder: Path
+    model: Path
+    feast: Path
     runs: int = 0
 
     def run(self, delivery: str) -> Run:
@@ -84,8 +85,8 @@ class Run:
                 "KAFKA_BOOTSTRAP_SERVERS": self.bench.cluster.bootstrap_servers,
                 "GROUP_ID": f"bench{self.topics['transactions']}",
                 "DELIVERY": self.delivery,
-                "MODEL_DIR": str(self.bench.prepared.model),
-                "FEAST_REPO": str(self.bench.prepared.feast),
+                "MODEL_DIR": str(self.bench.model),
+                "FEAST_REPO": str(self.bench.feast),
                 "LOG_FORMAT": "json",
                 **{f"{name.upper()}_TOPIC": topic for name, topic in self.topics.items()},
                 **variables,
@@ -178,16 +179,24 @@ def receive(
 
 @contextmanager
 def bench(console: Console) -> Iterator[Bench]:
-    """Yield everything that a benchmark needs, prepared; take it down afterwards."""
+    """Yield everything that a benchmark needs, with the demo's model and profiles, which it makes
+    if they are not there; take it down afterwards."""
     home = ROOT / ".demo"
     home.mkdir(exist_ok=True)
+    prepared = plan(home, "2018-08-08")
+    with Guard() as guard:
+        prepare(prepared, home, guard, console)
+    with bench_with(prepared.model, prepared.feast, home) as ready:
+        yield ready
+
+
+@contextmanager
+def bench_with(model: Path, feast: Path, home: Path) -> Iterator[Bench]:
+    """Yield everything that a benchmark needs, with this model and these profiles."""
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
     try:
-        with Guard() as guard:
-            prepared = plan(home, "2018-08-08")
-            prepare(prepared, home, guard, console)
-            with KafkaCluster(heap="1g") as cluster:
-                yield Bench(cluster, prepared, guard, folder)
+        with Guard() as guard, KafkaCluster(heap="1g") as cluster:
+            yield Bench(cluster, guard, folder, model, feast)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -82,6 +82,11 @@ def sources_of(*modules: Any) -> str:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A package of a small forest over the flow's own inputs; it flags amounts above 220."""
+    return model_package()
+
+
+def model_package() -> Path:
+    """Return what `tiny_model` gives."""
     from model import export, package, scorer  # scikit-learn takes a second to import
 
     key = sources_of(export, package, scorer) + FRAUD.schema_hash + Path(__file__).read_text()
@@ -132,7 +137,11 @@ def _write_model(directory: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_feast(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A filled Feast repository that knows `CARDS` and `TERMINALS` as of `MIDNIGHT`."""
-    history = tmp_path_factory.mktemp("tiny_history")
+    return profiles_repo(tmp_path_factory.mktemp("tiny_history"))
+
+
+def profiles_repo(history: Path) -> Path:
+    """Return what `tiny_feast` gives; `history` is an empty directory."""
     _write_history(history)
     return feast_repo(history, MIDNIGHT, Path(__file__).read_text())
 
