@@ -172,7 +172,7 @@ def ceiling(on: Bench, count: int) -> float:
     address = {"bootstrap.servers": on.cluster.bootstrap_servers}
     consumer = Consumer(
         {**address, "group.id": "ceiling", "enable.auto.commit": False,
-         "queued.min.messages": 100_000, "fetch.wait.max.ms": 10}
+         "fetch.queue.backoff.ms": 2, "fetch.wait.max.ms": 10}
     )  # fmt: skip
     producer = Producer(
         {**address, "enable.idempotence": True, "linger.ms": 1,

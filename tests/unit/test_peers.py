@@ -13,6 +13,7 @@ from benchmarks.peers.backlog import CARDS, Backlog, check, inputs, window_sums
 from benchmarks.peers.contenders import CEILING, CONTENDERS, OURS, REQUIREMENTS, Contender
 from benchmarks.peers.job import INPUTS, WINDOWS_MS, advance, features
 from benchmarks.peers.report import Result, advantage, budgets, disturbance, table
+from benchmarks.peers.run import Seen
 
 OTHER = Contender("other", "other", "none", budget=2.0)
 OURSELVES = Contender(OURS, "ours", "all")
@@ -123,6 +124,28 @@ def test_the_table_has_a_row_for_who_failed() -> None:
 def test_budgets(rate: float, measured: str, verdict: str) -> None:
     runs = {OURSELVES: [Result(9, 9, 100.0)], OTHER: [Result(9, 9, rate)]}
     assert budgets(runs) == [("at least 2 × other", measured, verdict)]
+
+
+def test_the_steady_part_leaves_the_start_out() -> None:
+    seen = Seen(
+        times=[10.0, 11.0, 20.0, 30.0],
+        counts=[5, 10, 60, 100],
+        cpu_times=[0.0, 11.0, 30.0],
+        cpu_s=[0.0, 8.0, 17.0],
+        began=0.0,
+    )
+    rate, cpu_us = seen.steady()
+    assert rate == pytest.approx(90 / 19)
+    assert cpu_us == pytest.approx(9 / 90 * 1e6)
+
+
+def test_who_answers_all_at_once_is_measured_from_its_start() -> None:
+    seen = Seen(
+        times=[50.0, 50.1], counts=[50, 100], cpu_times=[0.0, 50.1], cpu_s=[0, 40], began=0.0
+    )
+    assert seen.at_once
+    assert seen.steady()[0] == pytest.approx(100 / 50.1)
+    assert Seen().steady() == (0.0, 0.0)
 
 
 def test_runs_are_compared_round_by_round() -> None:
