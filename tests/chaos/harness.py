@@ -355,8 +355,10 @@ class Run:
             # Left over from a kill at start-up; the one that is started now is the one to kill.
             (fresh,) = set(everyone) - set(waiting)
             kill = replace(kill, victim=fresh)
-            if kill.point == "tail_scan":  # the other one is not held, and reads half of the tails
-                kill = replace(kill, nth=min(kill.nth, sum(PARTITIONS[o] for o in OUTPUTS) // 2))
+            if kill.point == "tail_scan":
+                # Only the fresh one is held. It may have no more than one of the tails: Bytewax
+                # gives the first partition of every topic to the first process.
+                kill = replace(kill, nth=1)
         self.kills.append(kill)
         if kill.point == "random" and kill.early and not self.flow.running:
             self._await_silence()
