@@ -32,7 +32,8 @@ OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 
 
 class LatencyHistogram(Collector):
-    """A latency distribution fed with arrays: exact to 2 % from 10 µs to an hour, then "an hour".
+    """A latency distribution fed with arrays: exact to 2 % or 5 µs from 10 µs to an hour, then
+    "an hour".
 
     Kept as an HDR histogram, exported as a Prometheus histogram.
     """

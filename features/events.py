@@ -181,7 +181,7 @@ class EventDecoder:
         refused: list[Refusal],
     ) -> tuple[npt.NDArray[np.int64], list[Event]]:
         decode = self._decoders[code]
-        if None not in values and max(map(len, values)) <= self.max_bytes:  # type: ignore[arg-type]
+        if None not in values and max(map(len, values), default=0) <= self.max_bytes:  # type: ignore[arg-type]
             try:  # one bad record never costs its neighbours: on failure, go through them singly
                 return rows, [decode(value) for value in values]  # type: ignore[arg-type]
             except Exception:

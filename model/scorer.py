@@ -109,6 +109,7 @@ class Scorer:
         A contribution is the score minus the score with that one feature at its baseline (the
         manifest's median of legitimate transactions). Shapes [n, k], int64 positions in
         `manifest.features` and float64 contributions, largest first, ties in feature order.
+        For rows with a score: of one that is NaN, what differs contributes NaN.
         Costs the scoring of up to n × (F + 1) rows, so explain what was flagged, not everything.
         """
         rows = np.asarray(x, dtype=np.float64)

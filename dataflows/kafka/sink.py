@@ -22,6 +22,7 @@ What is too large for the topic never reaches a writer: `output` returns it as d
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from threading import get_ident
@@ -56,6 +57,7 @@ Guarantee: TypeAlias = Literal["at_most_once", "at_least_once", "exactly_once"]
 SinkState: TypeAlias = tuple[int, int, int, bytes, str]
 
 _FORMAT = 2
+_POLL_EVERY_S = 0.005
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
 _logger = logging.getLogger(__name__)
 
@@ -326,6 +328,9 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         """Hand the records to the writer."""
         for batch in values:
             self._writer.write(batch)
+        # A worker without a source, or one that waits for the others, has no turns.
+        if time.monotonic() - _polled.get(self._thread, 0.0) > _POLL_EVERY_S:
+            poll_sinks()
 
     def snapshot(self) -> SinkState:
         """Return the partition's `SinkState`, once all records are delivered.
@@ -347,6 +352,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
 
 
 _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thread
+_polled: dict[int, float] = {}  # by the worker's thread: monotonic seconds of the last time
 
 
 def poll_sinks() -> None:
@@ -355,8 +361,9 @@ def poll_sinks() -> None:
     Tells each topic's observer what has been delivered since the last time, and raises the
     DeliveryError of a writer that failed. A latency counts until its report is served, so somebody
     has to do this also when nothing is being written: pass it to `KafkaSource` as
-    `between_batches`.
+    `between_batches`. While something is, the partitions see to it that it happens.
     """
+    _polled[get_ident()] = time.monotonic()
     settled: dict[tuple[str, Callable[[Delivery], None]], list[Delivery]] = {}
     for each in _open_partitions.get(get_ident(), ()):
         delivery = each._writer.settle()

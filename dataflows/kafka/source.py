@@ -272,7 +272,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
             ends the others; nothing is lost, but who was not told within an epoch repeats one.
         max_skew_ms: how far apart, in stream time, the processes of a cluster may be in a backlog;
             needs `peers`, see there. No epoch takes more of the stream than this.
-        between_batches: called on the worker thread at each turn, about every millisecond when
+        between_batches: called on the worker thread at each turn, every few milliseconds when
             idle; give it `dataflows.kafka.sink.poll_sinks`.
         observe: called with the `stats` on the worker thread, at most every 0.25 s.
         startup_timeout_s: bound of all look-ups at the start.
@@ -612,7 +612,8 @@ class _Reader:
         if time.monotonic() >= self._next_observation:
             self._observe()
         records = self._read(max(1, source.batch_size()))
-        self._empty_turns = 0 if records is not None else self._empty_turns + 1
+        idle = records is None and not self._merge.buffered
+        self._empty_turns = self._empty_turns + 1 if idle else 0
         if records is None:
             if source.stop_at_end and self._everything_emitted():
                 self._drain_after = leader.snapshots

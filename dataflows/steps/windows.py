@@ -147,7 +147,9 @@ class _Worker:
         self._until = _NO_STATE
         self._due: list[_Part] = []
         self._finished: list[EventBatch] = []
-        self._called = False  # `merge` will be
+        # Whether `merge` will be called for what is due. It comes before the next epoch's rows do:
+        # the source waits until an epoch is durable (dataflows/kafka/source.py, rule 1).
+        self._called = False
         self._late = METRICS.late_events.labels(layout.view.name, "yes")
         self._too_late = METRICS.late_events.labels(layout.view.name, "no")
 
@@ -160,8 +162,7 @@ class _Worker:
             self._until = self._start.manifest.until
             snapshot = self._start.read(self._layout.view.name, shard)
             state = None if snapshot is None else self.restored(snapshot)
-        if state is not None:
-            self.states[shard] = state
+        self.states[shard] = state or WindowState(self._layout)
 
     def collect(self, parts: list[_Part]) -> list[None]:
         """Note what is due; return what calls `merge`."""
@@ -228,6 +229,8 @@ class _ShardLogic(StatefulBatchLogic[_Part, None, bytes]):
         return self._worker.collect(values), StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> bytes:
+        if self._state is not None:  # resumed, and no part has come: so it is when an input ends
+            return self._state.snapshot()
         self._worker.process()
         return self._worker.states[self._shard].snapshot()
 

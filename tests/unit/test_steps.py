@@ -292,6 +292,18 @@ def test_windows_go_on_after_a_restart(
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
 
 
+def test_a_life_without_rows_keeps_the_windows(tmp_path: Path) -> None:
+    init_db_dir(tmp_path, 1)
+    rows = [(TRANSACTION, f"C{n % 7}", "T", 1_600_000_000_000 + n * 1000, 100) for n in range(40)]
+    batches = cut(rows, [20])
+    inputs: list[Any] = [batches[0], TestingSource.EOF(), TestingSource.EOF(), batches[1]]
+    engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(tmp_path)}
+    out = []
+    for _ in range(3):
+        out += run(inputs, both_windows(Shards(16)), **engine)
+    assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
+
+
 def test_windows_begin_with_the_state_given(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     times = np.sort(rng.integers(0, 60 * DAY, 600)) + 1_600_000_000_000
