@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from threading import get_ident
 from typing import Any, Literal, TypeAlias
@@ -57,7 +57,7 @@ Guarantee: TypeAlias = Literal["at_most_once", "at_least_once", "exactly_once"]
 SinkState: TypeAlias = tuple[int, int, int, bytes, str]
 
 _FORMAT = 2
-_POLL_EVERY_S = 0.005
+_TELL_EVERY_S = 0.005
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
 _logger = logging.getLogger(__name__)
 
@@ -321,6 +321,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         self._partitions = partitions
         self._owner = owner
         self._observe = observe
+        self.told_at = 0.0  # monotonic seconds
         self._thread = get_ident()
         _open_partitions.setdefault(self._thread, WeakSet()).add(self)
 
@@ -329,8 +330,8 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         for batch in values:
             self._writer.write(batch)
         # A worker without a source, or one that waits for the others, has no turns.
-        if time.monotonic() - _polled.get(self._thread, 0.0) > _POLL_EVERY_S:
-            poll_sinks()
+        if time.monotonic() - self.told_at > _TELL_EVERY_S:
+            _tell([self])
 
     def snapshot(self) -> SinkState:
         """Return the partition's `SinkState`, once all records are delivered.
@@ -341,7 +342,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         for other in _open_partitions[self._thread]:
             other._writer.begin_confirm()
         self._writer.confirm()
-        poll_sinks()
+        _tell([self])
         writer = self._writer
         return _FORMAT, writer.next_offset, self._partitions, writer.pending, self._owner
 
@@ -352,7 +353,6 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
 
 
 _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thread
-_polled: dict[int, float] = {}  # by the worker's thread: monotonic seconds of the last time
 
 
 def poll_sinks() -> None:
@@ -363,9 +363,14 @@ def poll_sinks() -> None:
     has to do this also when nothing is being written: pass it to `KafkaSource` as
     `between_batches`. While something is, the partitions see to it that it happens.
     """
-    _polled[get_ident()] = time.monotonic()
+    _tell(_open_partitions.get(get_ident(), ()))
+
+
+def _tell(partitions: Iterable[_SinkPartition]) -> None:
+    now = time.monotonic()
     settled: dict[tuple[str, Callable[[Delivery], None]], list[Delivery]] = {}
-    for each in _open_partitions.get(get_ident(), ()):
+    for each in partitions:
+        each.told_at = now
         delivery = each._writer.settle()
         if delivery is not None and each._observe is not None:
             settled.setdefault((delivery.topic, each._observe), []).append(delivery)

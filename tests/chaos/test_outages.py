@@ -316,6 +316,8 @@ def test_no_transaction_coordinator(three: Make) -> None:
         trial.ends(sentence.format("taken over"))
     finally:
         set_least_in_sync(trial.cluster, "__transaction_state", 2)
+    # The coordinator takes some seconds to be done with the transactions it could not end.
+    trial.flow.variables["MESSAGE_TIMEOUT_S"] = "60"
     trial.restart()
     trial.finish()
 
