@@ -39,7 +39,7 @@ class EventBatch:
 
     def __init__(self, columns: Mapping[str, Column]) -> None:
         self.columns = dict(columns)
-        if len({len(column) for column in self.columns.values()}) > 1:
+        if len(set(map(len, self.columns.values()))) > 1:
             lengths = {name: len(column) for name, column in self.columns.items()}
             raise ValueError(f"columns of one batch must have one length, got {lengths}")
 

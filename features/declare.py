@@ -55,14 +55,20 @@ def milliseconds(duration: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-class Answers(Protocol):
-    """What the kernel knows of each row's windows; one value a row (see features.windows)."""
+#: Which of a view's windows, shortest first: a slice or a list of positions.
+At = slice | list[int]
 
-    def count(self, source: type[Event], window: str) -> npt.NDArray[np.int64]: ...
-    def total(self, source: type[Event], column: str, window: str) -> npt.NDArray[np.int64]: ...
-    def smallest(self, source: type[Event], column: str, window: str) -> Float: ...
-    def largest(self, source: type[Event], column: str, window: str) -> Float: ...
-    def since_previous(self, source: type[Event]) -> Float: ...
+
+class Answers(Protocol):
+    """What the kernel knows of each row's windows: arrays windows × rows (see features.windows)."""
+
+    def count(self, source: type[Event], at: At) -> npt.NDArray[np.int64]: ...
+    def total(self, source: type[Event], column: str, at: At) -> npt.NDArray[np.int64]: ...
+    def smallest(self, source: type[Event], column: str, at: At) -> Float: ...
+    def largest(self, source: type[Event], column: str, at: At) -> Float: ...
+
+    def since_previous(self, source: type[Event]) -> Float:
+        """Return ms, one value a row, whatever the window; NaN if there was none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +107,8 @@ class _Windowed:
 class Count(_Windowed):
     """Count events. Never missing: an empty window counts 0."""
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
-        return answers.count(self.source_in(view), window).astype(np.float64)
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
+        return answers.count(self.source_in(view), at).astype(np.float64, order="C")
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ class Sum(_Windowed):
 
     column: str
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
         source = self.source_in(view)
-        return answers.total(source, self.column, window) / _scale(source, self.column)
+        return answers.total(source, self.column, at) / _scale(source, self.column)
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,10 @@ class Mean(_Windowed):
     column: str
     empty: float = field(default=np.nan, kw_only=True)
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
         source = self.source_in(view)
-        total = answers.total(source, self.column, window)
-        count = answers.count(source, window) * _scale(source, self.column)
+        total = answers.total(source, self.column, at)
+        count = answers.count(source, at) * _scale(source, self.column)
         return _divide(total, count, self.empty)
 
 
@@ -139,9 +145,9 @@ class Min(_Windowed):
 
     column: str
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
         source = self.source_in(view)
-        return answers.smallest(source, self.column, window) / _scale(source, self.column)
+        return answers.smallest(source, self.column, at) / _scale(source, self.column)
 
     def extrema(self, view: FeatureView) -> Iterator[tuple[type[Event], str, int]]:
         yield self.source_in(view), self.column, -1
@@ -153,9 +159,9 @@ class Max(_Windowed):
 
     column: str
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
         source = self.source_in(view)
-        return answers.largest(source, self.column, window) / _scale(source, self.column)
+        return answers.largest(source, self.column, at) / _scale(source, self.column)
 
     def extrema(self, view: FeatureView) -> Iterator[tuple[type[Event], str, int]]:
         yield self.source_in(view), self.column, 1
@@ -169,9 +175,9 @@ class Ratio(_Windowed):
     denominator: Count | Sum
     empty: float = field(default=np.nan, kw_only=True)
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
-        above = self.numerator.evaluate(answers, view, window)
-        below = self.denominator.evaluate(answers, view, window)
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
+        above = self.numerator.evaluate(answers, view, at)
+        below = self.denominator.evaluate(answers, view, at)
         return _divide(above, below, self.empty)
 
     def sums(self, view: FeatureView) -> Iterator[tuple[type[Event], str | None]]:
@@ -183,9 +189,10 @@ class Ratio(_Windowed):
 class SincePrevious(_Windowed):
     """Milliseconds since the key's previous event in the window, itself excluded; NaN if none."""
 
-    def evaluate(self, answers: Answers, view: FeatureView, window: str) -> Float:
+    def evaluate(self, answers: Answers, view: FeatureView, at: At) -> Float:
         since = answers.since_previous(self.source_in(view))
-        return np.where(since < milliseconds(window) + view.delay_ms, since, np.nan)
+        reach = np.array([milliseconds(window) + view.delay_ms for window in self.over])
+        return np.where(since < reach[:, np.newaxis], since, np.nan)
 
 
 Aggregation = Count | Sum | Mean | Min | Max | Ratio | SincePrevious
@@ -196,7 +203,7 @@ def _scale(source: type[Event], column: str) -> int:
 
 
 def _divide(above: npt.NDArray[Any], below: npt.NDArray[Any], empty: float) -> Float:
-    out = np.full(len(above), empty, np.float64)
+    out = np.full(above.shape, empty, np.float64)
     np.divide(above, below, out=out, where=below != 0)
     return out
 
@@ -367,13 +374,17 @@ class FeatureView:
             for window in feature.over
         )
 
+    @cached_property
+    def _at(self) -> list[At]:
+        """Where each feature's windows stand among the view's."""
+        places = [[self.windows.index(window) for window in f.over] for f in self.features]
+        return [slice(None) if at == list(range(len(self.windows))) else at for at in places]
+
     def evaluate(self, answers: Answers) -> dict[str, Float]:
         """Turn the kernel's answers into the view's features, one float64 a row."""
-        values = (
-            feature.evaluate(answers, self, window)
-            for feature in self.features
-            for window in feature.over
-        )
+        values: list[Float] = []
+        for feature, at in zip(self.features, self._at, strict=True):
+            values.extend(feature.evaluate(answers, self, at))
         return dict(zip(self.names, values, strict=True))
 
     def describe(self) -> dict[str, Any]:

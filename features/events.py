@@ -149,29 +149,37 @@ class EventDecoder:
     ) -> Decoded:
         """Decode ``values[i]``, of event type ``events[source[i]]``; O(bytes)."""
         refused: list[Refusal] = []
-        columns: dict[str, Column] = {}
         row_groups: list[npt.NDArray[np.int64]] = []
         groups: list[dict[str, Column]] = []
-        for code in range(len(self.events)):
-            rows = np.flatnonzero(source == code)
-            if len(rows) == 0:
+        counts = np.bincount(source, minlength=len(self.events)).tolist()
+        for code, count in enumerate(counts):
+            if not count:
                 continue
-            chosen = values if len(rows) == len(values) else [values[i] for i in rows.tolist()]
+            if count == len(values):
+                chosen, rows = values, np.arange(count)
+            else:
+                rows = np.flatnonzero(source == code)
+                chosen = [values[i] for i in rows.tolist()]
             kept, structs = self._parse(chosen, rows, code, refused)
             kept, group = self._columnar(structs, kept, code, append_time, refused)
             row_groups.append(kept)
             groups.append(group)
-        rows = np.concatenate(row_groups) if row_groups else np.empty(0, np.int64)
-        for name, kind in self._columns.items():
-            parts = [
-                group[name] if name in group else _filled(kind, len(kept))
-                for group, kept in zip(groups, row_groups, strict=True)
-            ]
-            columns[name] = np.concatenate(parts) if parts else np.empty(0, DTYPES[kind])
-        order = np.argsort(rows, kind="stable") if len(row_groups) > 1 else slice(None)
-        events = EventBatch(columns).take(order) if len(row_groups) > 1 else EventBatch(columns)
         refused.sort(key=lambda refusal: refusal.row)
-        return Decoded(events, rows[order], refused)
+        rows = _joined(row_groups, "time")
+        columns = {
+            name: _joined(
+                [
+                    group[name] if name in group else _filled(kind, len(kept))
+                    for group, kept in zip(groups, row_groups, strict=True)
+                ],
+                kind,
+            )
+            for name, kind in self._columns.items()
+        }
+        if len(groups) < 2:
+            return Decoded(EventBatch(columns), rows, refused)
+        order = np.argsort(rows, kind="stable")
+        return Decoded(EventBatch(columns).take(order), rows[order], refused)
 
     def _parse(
         self,
@@ -271,6 +279,12 @@ class EventDecoder:
             )
             bad.setdefault(i, ("time_in_future", detail))
         return times
+
+
+def _joined(parts: Sequence[Column], kind: str) -> Column:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, DTYPES[kind])
 
 
 def _filled(kind: str, n: int) -> Column:

@@ -24,8 +24,9 @@ from features.batch import Column, EventBatch
 from features.declare import FeatureSet
 from features.events import Event, column_kinds
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
+from features.keys import group_by_shard
 from features.profiles import PROFILES, point_in_time
-from features.windows import SHARDS, Layout, WindowShards, WindowState, evaluate, group_by_shard
+from features.windows import SHARDS, Layout, WindowShards, WindowState, evaluate
 
 CHUNK_ROWS = 65_536
 

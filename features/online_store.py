@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from features.column_cache import ColumnCache
 from features.profiles import (
     AS_OF,
     PROFILES,
@@ -79,9 +79,10 @@ class OnlineStore:
         self._readers = readers
         self._clock = clock
         self._caches = {
-            name: _ColumnCache(len(reader.view.fields), cache_rows, cache_ttl_s)
+            name: ColumnCache(len(reader.view.fields), cache_rows, cache_ttl_s)
             for name, reader in readers.items()
         }
+        self._counts = {name: CacheCounts() for name in readers}
 
     @classmethod
     def open(
@@ -125,29 +126,21 @@ class OnlineStore:
         its age is above the view's TTL, or below zero: the store holds only the newest row, and a
         row later than the event would tell it the future (`age_ms` still says how stale it is).
 
-        Unknown entities are cached as well. Hits cost a dict lookup per key and a gather; all
-        misses, each key once, one batched read. Raises StoreUnavailable if that read fails. With
+        Unknown entities are cached as well. All misses, each key
+        once, cost one batched read. Raises StoreUnavailable if that read fails. With
         `read=False` nothing is read: the cache answers, however long ago it was filled.
         """
-        cache = self._caches[view.name]
+        cache, counts = self._caches[view.name], self._counts[view.name]
         now = self._clock()
-        wanted: list[bytes] = keys.tolist()
-        slots = cache.find(wanted)
-        fresh = cache.is_fresh(slots, now) if read else slots >= 0
-        values, as_of = cache.take(slots)
-        missed = np.flatnonzero(~fresh)
-        cache.counts.hits += len(wanted) - len(missed)
-        cache.counts.misses += len(missed)
-        if len(missed):
-            values[missed], as_of[missed] = np.nan, np.nan
-            if read:
-                rank: dict[bytes, int] = {}
-                place = [rank.setdefault(wanted[i], len(rank)) for i in missed.tolist()]
-                distinct = list(rank)
-                cache.counts.reads += 1
-                read_values, read_as_of = self._readers[view.name].read(distinct)
-                cache.put(distinct, read_values, read_as_of, now)
-                values[missed], as_of[missed] = read_values[place], read_as_of[place]
+        values, as_of, missed = cache.fetch(keys, now if read else -np.inf)
+        counts.hits += len(keys) - len(missed)
+        counts.misses += len(missed)
+        if len(missed) and read:
+            wanted, place = np.unique(keys[missed], return_inverse=True)
+            counts.reads += 1
+            read_values, read_as_of = self._readers[view.name].read(wanted.tolist())
+            counts.evicted += cache.put(wanted, read_values, read_as_of, now)
+            values[missed], as_of[missed] = read_values[place], read_as_of[place]
         age_ms: Float64s = now_ms - as_of
         served = is_served(view, age_ms)
         if not served.all():
@@ -156,7 +149,7 @@ class OnlineStore:
 
     def counts(self, view: ProfileView) -> CacheCounts:
         """Return the counters of a view's cache (live)."""
-        return self._caches[view.name].counts
+        return self._counts[view.name]
 
 
 def freeze_gc(threshold: int = 50_000) -> None:
@@ -240,78 +233,6 @@ def _double(value: Any) -> float:
     """Decode one field of a row; null and absent are NaN."""
     known = value is not None and value.HasField("double_val")
     return value.double_val if known else float("nan")
-
-
-class _ColumnCache:
-    """Keep rows by key in columns: a dict finds the row number, NumPy gathers the row.
-
-    At most `rows` rows; when full, the clock algorithm replaces one that was not asked for since
-    the hand last passed it.
-    """
-
-    def __init__(self, fields: int, rows: int, ttl_s: float) -> None:
-        self.counts = CacheCounts()
-        self._rows, self._ttl_s = rows, ttl_s
-        self._slot_of: dict[bytes, int] = {}
-        self._keys: list[bytes] = []
-        self._hand = 0
-        size = min(rows, 1024)
-        self._values = np.full((size, fields), np.nan)
-        self._as_of = np.full(size, np.nan)
-        self._expires = np.zeros(size)
-        self._asked = np.zeros(size, dtype=np.bool_)
-
-    def find(self, keys: list[bytes]) -> Int64s:
-        """Return the row number of each key, −1 if absent."""
-        return np.fromiter(map(self._slot_of.get, keys, repeat(-1)), np.int64, len(keys))
-
-    def is_fresh(self, slots: Int64s, now: float) -> npt.NDArray[np.bool_]:
-        """Tell which row numbers are present and not expired, and mark those as asked for."""
-        fresh: npt.NDArray[np.bool_] = (slots >= 0) & (self._expires[slots] > now)
-        self._asked[slots[fresh]] = True
-        return fresh
-
-    def take(self, slots: Int64s) -> tuple[Float64s, Float64s]:
-        """Gather copies of the rows; what stands where a slot is −1 is meaningless."""
-        return self._values[slots], self._as_of[slots]
-
-    def put(self, keys: list[bytes], values: Float64s, as_of: Float64s, now: float) -> None:
-        """Store rows of distinct keys; of more than fit, the last ones stay."""
-        slots = [self._slot_for(key) for key in keys[-self._rows :]]
-        self._values[slots] = values[-self._rows :]
-        self._as_of[slots] = as_of[-self._rows :]
-        self._expires[slots] = now + self._ttl_s
-
-    def _slot_for(self, key: bytes) -> int:
-        slot = self._slot_of.get(key)
-        if slot is None:
-            if len(self._keys) < self._rows:
-                slot = len(self._keys)
-                self._keys.append(key)
-                if slot == len(self._as_of):
-                    self._grow()
-            else:
-                slot = self._evict()
-                self._keys[slot] = key
-            self._slot_of[key] = slot
-        return slot
-
-    def _evict(self) -> int:
-        while self._asked[self._hand]:
-            self._asked[self._hand] = False
-            self._hand = (self._hand + 1) % self._rows
-        slot = self._hand
-        self._hand = (slot + 1) % self._rows
-        del self._slot_of[self._keys[slot]]
-        self.counts.evicted += 1
-        return slot
-
-    def _grow(self) -> None:
-        more = min(len(self._as_of), self._rows - len(self._as_of))
-        self._values = np.pad(self._values, ((0, more), (0, 0)))
-        self._as_of, self._expires, self._asked = (
-            np.pad(column, (0, more)) for column in (self._as_of, self._expires, self._asked)
-        )
 
 
 # --- the repository -------------------------------------------------------------------------------

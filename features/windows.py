@@ -31,8 +31,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from features.batch import EventBatch
-from features.declare import FeatureView, milliseconds
+from features.declare import At, FeatureView, milliseconds
 from features.events import Event
+from features.keys import find, hash_of, key_bytes, occupy
 
 Int = npt.NDArray[np.int64]
 
@@ -100,63 +101,6 @@ class _Rule(NamedTuple):
 # count references to each of them took four fifths of an event's time.
 
 
-@nb.njit(cache=True, inline="always")
-def _hash(key, width):  # type: ignore[no-untyped-def]
-    """FNV-1a over the key's bytes, finished like MurmurHash3; independent of padding."""
-    while width > 0 and key[width - 1] == 0:
-        width -= 1
-    h = np.uint64(0xCBF29CE484222325)
-    for i in range(width):
-        h = (h ^ np.uint64(key[i])) * np.uint64(0x100000001B3)
-    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return h ^ (h >> np.uint64(33))
-
-
-@nb.njit(cache=True)
-def _shards_of(keys, shards, out):  # type: ignore[no-untyped-def]
-    for i in range(len(keys)):
-        # The low bits choose the slot within a shard, so take the high ones here.
-        out[i] = np.int64((_hash(keys[i], keys.shape[1]) >> np.uint64(32)) % np.uint64(shards))
-
-
-def shards_of(keys: npt.NDArray[np.bytes_], shards: int) -> npt.NDArray[np.int64]:
-    """Return the virtual shard of each key: a stable hash, the same in every process and run.
-
-    >>> shards_of(np.array([b"C0001", b"C0002", b"C0001"]), 16).tolist()
-    [5, 3, 5]
-    """
-    out = np.empty(len(keys), np.int64)
-    _shards_of(_key_bytes(keys), shards, out)
-    return out
-
-
-def _key_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint8]:
-    keys = np.require(keys, requirements=["C", "W"])
-    return keys.view(np.uint8).reshape(len(keys), keys.dtype.itemsize)
-
-
-@nb.njit(cache=True, inline="always")
-def _find(state, h, key):  # type: ignore[no-untyped-def]
-    """Return the entity with this key, or −1."""
-    mask = np.int64(len(state.slots) - 1)
-    slot = np.int64(h & np.uint64(mask))
-    while True:
-        entity = state.slots[slot]
-        if entity < 0:
-            return np.int64(-1)
-        if state.hashes[entity] == h:
-            same = True
-            for j in range(state.keys.shape[1]):
-                byte = key[j] if j < len(key) else np.uint8(0)
-                if state.keys[entity, j] != byte:
-                    same = False
-                    break
-            if same:
-                return np.int64(entity)
-        slot = (slot + 1) & mask
-
-
 @nb.njit(cache=True)
 def _add(state, h, key):  # type: ignore[no-untyped-def]
     """Append an entity; the caller has made sure of room."""
@@ -169,11 +113,7 @@ def _add(state, h, key):  # type: ignore[no-untyped-def]
     state.newest[entity] = _NEVER
     state.meta[entity] = 0
     state.stairs[entity] = 0
-    mask = np.int64(len(state.slots) - 1)
-    slot = np.int64(h & np.uint64(mask))
-    while state.slots[slot] >= 0:
-        slot = (slot + 1) & mask
-    state.slots[slot] = entity
+    occupy(state, h, entity)
     return entity
 
 
@@ -436,13 +376,13 @@ def _look_up(state, keys, rows, hashes, entities):  # type: ignore[no-untyped-de
     """
     for k in range(len(rows)):
         key = keys[rows[k]]
-        hashes[k] = _hash(key, keys.shape[1])
+        hashes[k] = hash_of(key, keys.shape[1])
     mask = np.uint64(len(state.slots) - 1)
     touched = np.int64(0)
     for k in range(len(rows)):
         touched += state.slots[np.int64(hashes[k] & mask)]
     for k in range(len(rows)):
-        entities[k] = _find(state, hashes[k], keys[rows[k]])
+        entities[k] = find(state, hashes[k], keys[rows[k]])
     for k in range(len(rows)):
         e = entities[k]
         if e >= 0:
@@ -482,7 +422,7 @@ def _run(state, rule, keys, source, t, values, peaks, counts, sums, best, since,
         h = hashes[k]
         entity = entities[k]
         if entity < 0:  # unless a row before it was the first of this key
-            entity = _find(state, h, keys[i])
+            entity = find(state, h, keys[i])
         if entity < 0:
             n = counters[_ENTITIES]
             if n >= len(state.hashes) or (n + 1) * 2 > len(state.slots):
@@ -548,6 +488,27 @@ def _lent(_, array):  # type: ignore[no-untyped-def]
     return array(array), codegen
 
 
+# What is done with the list of states is compiled here, and so cached. Its own methods are compiled
+# anew in every process, which takes two seconds.
+
+
+@nb.njit(cache=True)
+def _list_of(state):  # type: ignore[no-untyped-def]
+    states = nb.typed.List()
+    states.append(state)
+    return states
+
+
+@nb.njit(cache=True)
+def _append(states, state):  # type: ignore[no-untyped-def]
+    states.append(state)
+
+
+@nb.njit(cache=True)
+def _replace(states, shard, state):  # type: ignore[no-untyped-def]
+    states[shard] = state
+
+
 @nb.njit(cache=True)
 def _run_shards(  # type: ignore[no-untyped-def]
     states, rule, keys, source, t, values, peaks, counts, sums, best, since, rows, starts, at
@@ -564,6 +525,8 @@ def _run_shards(  # type: ignore[no-untyped-def]
     values, peaks = _lent(values), _lent(peaks)
     counts, sums, best, since = _lent(counts), _lent(sums), _lent(best), _lent(since)
     rows = _lent(rows)
+    if at == 0:
+        counts[:], sums[:], best[:], since[:] = 0, 0, _NONE, _NO_PREVIOUS
     for shard in range(len(starts) - 1):
         begin = max(at, starts[shard])
         end = starts[shard + 1]
@@ -586,35 +549,6 @@ def _run_shards(  # type: ignore[no-untyped-def]
         late += states[shard].counters[_LATE]
         too_late += states[shard].counters[_TOO_LATE]
     return len(rows), 0, _DONE, late, too_late
-
-
-@nb.njit(cache=True)
-def _group(shard_of, rows, starts):  # type: ignore[no-untyped-def]
-    """Sort row numbers by shard, keeping their order within each: O(rows + shards)."""
-    starts[:] = 0
-    for shard in shard_of:
-        starts[shard + 1] += 1
-    for shard in range(len(starts) - 1):
-        starts[shard + 1] += starts[shard]
-    place = starts.copy()
-    for row in range(len(shard_of)):
-        shard = shard_of[row]
-        rows[place[shard]] = row
-        place[shard] += 1
-
-
-def group_by_shard(keys: npt.NDArray[np.bytes_], shards: int) -> tuple[Int, Int]:
-    """Return row numbers grouped by the shard of their key, and where each shard's begin.
-
-    Rows of shard s are ``rows[starts[s]:starts[s + 1]]``, in ascending order.
-
-    >>> rows, starts = group_by_shard(np.array([b"C0001", b"C0002", b"C0001"]), 6)
-    >>> rows.tolist(), starts.tolist()
-    ([0, 2, 1], [0, 0, 2, 2, 3, 3, 3])
-    """
-    rows, starts = np.empty(len(keys), np.int64), np.empty(shards + 1, np.int64)
-    _group(shards_of(keys, shards), rows, starts)
-    return rows, starts
 
 
 @nb.njit(cache=True)
@@ -661,7 +595,7 @@ def _import(state, keys, newest, lengths, times, values, peaks):  # type: ignore
     """Fill an empty state; the inverse of `_export`."""
     k = 0
     for e in range(len(keys)):
-        entity = _add(state, _hash(keys[e], keys.shape[1]), keys[e])
+        entity = _add(state, hash_of(keys[e], keys.shape[1]), keys[e])
         state.newest[entity] = newest[e]
         for j in range(lengths.shape[1]):
             n = lengths[e, j]
@@ -782,43 +716,40 @@ def evaluate(layout: Layout, batch: EventBatch) -> EventBatch:
 
 
 class _Answers:
-    """The kernel's answers, as the declarations ask for them; one value a row."""
+    """The kernel's answers, as the declarations ask for them."""
 
     def __init__(self, layout: Layout, batch: EventBatch) -> None:
         self.layout = layout
         self._counts, self._sums, self._extrema, self._since = (batch[name] for name in RAW)
 
-    def count(self, source: type[Event], window: str) -> Int:
-        return self._counts[:, self._log(source), self._window(window)]
+    def count(self, source: type[Event], at: At) -> Int:
+        return self._counts[:, self._log(source), at].T
 
-    def total(self, source: type[Event], column: str, window: str) -> Int:
+    def total(self, source: type[Event], column: str, at: At) -> Int:
         log = self._log(source)
         sum_ = self.layout.sums[log].index(column) + (self.layout.view.resolution_ms is not None)
-        return self._sums[:, log, sum_, self._window(window)]
+        return self._sums[:, log, sum_, at].T
 
-    def smallest(self, source: type[Event], column: str, window: str) -> npt.NDArray[np.float64]:
-        return self._extremum(source, column, -1, window)
+    def smallest(self, source: type[Event], column: str, at: At) -> npt.NDArray[np.float64]:
+        return self._extremum(source, column, -1, at)
 
-    def largest(self, source: type[Event], column: str, window: str) -> npt.NDArray[np.float64]:
-        return self._extremum(source, column, 1, window)
+    def largest(self, source: type[Event], column: str, at: At) -> npt.NDArray[np.float64]:
+        return self._extremum(source, column, 1, at)
 
     def since_previous(self, source: type[Event]) -> npt.NDArray[np.float64]:
         since = self._since[:, self._log(source)]
         return np.where(since == _NO_PREVIOUS, np.nan, since)
 
     def _extremum(
-        self, source: type[Event], column: str, sign: int, window: str
+        self, source: type[Event], column: str, sign: int, at: At
     ) -> npt.NDArray[np.float64]:
         log = self._log(source)
         extremum = self.layout.extrema[log].index((column, sign))
-        values = self._extrema[:, log, extremum, self._window(window)]
+        values = self._extrema[:, log, extremum, at].T
         return np.where(values == _NONE, np.nan, values * sign)
 
     def _log(self, source: type[Event]) -> int:
         return self.layout.logs.index(source)
-
-    def _window(self, window: str) -> int:
-        return self.layout.view.windows.index(window)
 
 
 class WindowState:
@@ -1046,6 +977,7 @@ class WindowShards:
         states: those of shards 0, 1, …, if not all empty.
 
     >>> from features.fraud import CARD, FraudReport, Transaction
+    >>> from features.keys import group_by_shard
     >>> shards = WindowShards(Layout.of(CARD, [Transaction, FraudReport], 6))
     >>> batch = EventBatch({
     ...     "source": np.zeros(3, np.uint8),
@@ -1066,7 +998,9 @@ class WindowShards:
         self.too_late = 0
         self._rule = layout.rule()
         self._states = list(states) or [WindowState(layout) for _ in range(layout.shards)]
-        self._arrays = nb.typed.List([state._arrays for state in self._states])
+        self._arrays = _list_of(self._states[0]._arrays)
+        for state in self._states[1:]:
+            _append(self._arrays, state._arrays)
         self._key_width = 0  # at most that of the state with the narrowest keys
 
     def __len__(self) -> int:
@@ -1078,7 +1012,7 @@ class WindowShards:
     def __setitem__(self, shard: int, state: WindowState) -> None:
         """Hold this shard's state from now on; nobody else may update it."""
         self._states[shard] = state
-        self._arrays[shard] = state._arrays
+        _replace(self._arrays, shard, state._arrays)
         self._key_width = 0
 
     def update(self, batch: EventBatch, rows: Int, starts: Int) -> EventBatch:
@@ -1108,14 +1042,14 @@ class WindowShards:
                 values[mine, v] = batch[name][mine]
             for x, (name, sign) in enumerate(layout.extrema[log]):
                 peaks[mine, x] = batch[name][mine] * sign
-        keys = _key_bytes(batch[layout.view.key])
+        keys = key_bytes(batch[layout.view.key])
         if keys.shape[1] > self._key_width:
             self._widen(keys)
         out: dict[str, npt.NDArray[np.int64]] = {
-            "#counts": np.zeros((n, n_logs, n_windows), np.int64),
-            "#sums": np.zeros((n, n_logs, layout.n_sums, n_windows), np.int64),
-            "#extrema": np.full((n, n_logs, layout.n_extrema, n_windows), _NONE),
-            "#since": np.full((n, n_logs), _NO_PREVIOUS, np.int64),
+            "#counts": np.empty((n, n_logs, n_windows), np.int64),
+            "#sums": np.empty((n, n_logs, layout.n_sums, n_windows), np.int64),
+            "#extrema": np.empty((n, n_logs, layout.n_extrema, n_windows), np.int64),
+            "#since": np.empty((n, n_logs), np.int64),
         }
         at = 0
         while True:
@@ -1135,7 +1069,7 @@ class WindowShards:
             if needed == _DONE:
                 return batch.with_columns(out)
             self._states[shard]._grow(needed)
-            self._arrays[shard] = self._states[shard]._arrays
+            _replace(self._arrays, shard, self._states[shard]._arrays)
 
     def _widen(self, keys: npt.NDArray[np.uint8]) -> None:
         used = np.flatnonzero(keys.any(axis=0))
@@ -1143,5 +1077,5 @@ class WindowShards:
         for shard, state in enumerate(self._states):
             if width > state._arrays.keys.shape[1]:
                 state._widen(width)
-                self._arrays[shard] = state._arrays
+                _replace(self._arrays, shard, state._arrays)
         self._key_width = min(state._arrays.keys.shape[1] for state in self._states)

@@ -25,6 +25,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import pairwise
 from threading import get_ident
 from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
@@ -50,6 +51,7 @@ from dataflows.kafka.topics import (
 )
 from dataflows.kafka.transactional import TransactionalWriter
 from dataflows.kafka.writer import Delivery, Writer
+from features.keys import group
 
 PREDICTION_TOO_LARGE = "prediction_too_large"
 
@@ -158,7 +160,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
 
     def list_parts(self) -> list[str]:
         """Name the topic's partitions."""
-        partitions_of([b"warm up the compiled hash"], 1)
+        group(partitions_of([b"to compile it now"], 1), 1)
         return [part_name(self.topic, partition) for partition in range(self.partitions)]
 
     def part_fn(self, item_key: str) -> int:
@@ -241,14 +243,12 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
                 event_id if key is None else key
                 for key, event_id in zip(batch.keys, batch.event_ids, strict=True)
             ]
-            partitions = partitions_of(routed, count)
-            order = np.argsort(partitions, kind="stable")
-            present, starts = np.unique(partitions[order], return_index=True)
-            if len(present) == 1:
-                items.append((str(present[0]), batch))
-                continue
-            for partition, rows in zip(present, np.split(order, starts[1:]), strict=True):
-                items.append((str(partition), batch.take(rows)))
+            rows, starts = group(partitions_of(routed, count), count)
+            for partition, (start, end) in enumerate(pairwise(starts.tolist())):
+                if end - start == len(batch):
+                    items.append((str(partition), batch))
+                elif start < end:
+                    items.append((str(partition), batch.take(rows[start:end])))
         return items
 
     def _fitting(self, batch: OutRecords) -> tuple[OutRecords, OutRecords | None]:
@@ -330,7 +330,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         for batch in values:
             self._writer.write(batch)
         # A worker without a source, or one that waits for the others, has no turns.
-        if time.monotonic() - self.told_at > _TELL_EVERY_S:
+        if time.monotonic() - self.told_at > 4 * _TELL_EVERY_S:
             _tell([self])
 
     def snapshot(self) -> SinkState:
@@ -358,12 +358,15 @@ _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thr
 def poll_sinks() -> None:
     """Serve the delivery reports that have come for this thread's sinks, without waiting.
 
+    Some milliseconds after the last time at the earliest: it costs too much for every small batch.
     Tells each topic's observer what has been delivered since the last time, and raises the
     DeliveryError of a writer that failed. A latency counts until its report is served, so somebody
     has to do this also when nothing is being written: pass it to `KafkaSource` as
     `between_batches`. While something is, the partitions see to it that it happens.
     """
-    _tell(_open_partitions.get(get_ident(), ()))
+    partitions = _open_partitions.get(get_ident())
+    if partitions and time.monotonic() - min(each.told_at for each in partitions) > _TELL_EVERY_S:
+        _tell(partitions)
 
 
 def _tell(partitions: Iterable[_SinkPartition]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import bytewax.operators as op
 import numpy as np
@@ -57,12 +58,13 @@ def decode(
             if len(decoded.events) == 0:
                 continue
             rows = decoded.rows
+            kept: Any = slice(None) if len(rows) == len(records) else rows
             yield decoded.events.with_columns(
                 {
-                    "source": records.source[rows],
-                    "partition": records.partition[rows],
-                    "offset": records.offset[rows],
-                    "append_time": records.append_time[rows],
+                    "source": records.source[kept],
+                    "partition": records.partition[kept],
+                    "offset": records.offset[kept],
+                    "append_time": records.append_time[kept],
                     "seq": seq + rows,
                 }
             )

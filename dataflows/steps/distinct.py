@@ -19,8 +19,8 @@ from bytewax.operators import KeyedStream, StatefulBatchLogic
 from dataflows.metrics import METRICS
 from features.batch import EventBatch, in_order
 from features.events import Event
+from features.keys import shards_of
 from features.seen import FINGERPRINT, SeenIds, fingerprints, identities
-from features.windows import shards_of
 
 log = structlog.get_logger()
 

@@ -14,7 +14,7 @@ from bytewax.dataflow import Stream, operator
 from dataflows.kafka.records import OutRecords
 from features.batch import Column, EventBatch
 from features.declare import FeatureSet
-from features.windows import shards_of
+from features.keys import shards_of
 from model.package import DECISIONS
 
 _AUDIT_BUCKETS = 10_000
@@ -114,9 +114,10 @@ def audit(
     def run(batches: list[EventBatch]) -> Iterable[OutRecords]:
         for batch in batches:
             buckets = shards_of(batch["card_id"], _AUDIT_BUCKETS)
-            chosen = batch.take(buckets < share * _AUDIT_BUCKETS)
-            if len(chosen) == 0:
+            rows = np.flatnonzero(buckets < share * _AUDIT_BUCKETS)
+            if len(rows) == 0:
                 continue
+            chosen = batch.take(rows)
             records = map(
                 AuditRecord,
                 _texts(chosen["transaction_id"]),

@@ -22,13 +22,12 @@ from features.declare import (
     Sum,
 )
 from features.events import Event, EventTime, Key, Money
+from features.keys import group_by_shard, shards_of
 from features.windows import (
     Layout,
     WindowShards,
     WindowState,
     evaluate,
-    group_by_shard,
-    shards_of,
 )
 from tests.unit.naive_windows import Row, naive_features
 
