@@ -160,6 +160,16 @@ def reader(run: Run, *, from_end: bool = False) -> Iterator[Consumer]:
         consumer.close()
 
 
+def published(consumer: Consumer, run: Run) -> int:
+    """Return how many predictions a reader could have by now; ends of transactions included."""
+    topic = run.topics["predictions"]
+    ends = (
+        consumer.get_watermark_offsets(TopicPartition(topic, n), 10)
+        for n in range(PARTITIONS["predictions"])
+    )
+    return sum(high for _, high in ends)
+
+
 def receive(
     consumer: Consumer, count: int, timeout_s: float
 ) -> Iterator[tuple[float, list[bytes]]]:

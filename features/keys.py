@@ -49,7 +49,8 @@ def shards_of(keys: npt.NDArray[np.bytes_], shards: int) -> npt.NDArray[np.int64
 
 def key_bytes(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.uint8]:
     """Return the bytes of keys [n] of dtype S, uint8 [n, width], zero padded, for compiled code."""
-    keys = np.require(keys, requirements=["C", "W"])
+    if not (keys.flags.c_contiguous and keys.flags.writeable):
+        keys = np.require(keys, requirements=["C", "W"])
     return keys.view(np.uint8).reshape(len(keys), keys.dtype.itemsize)
 
 

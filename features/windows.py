@@ -752,6 +752,13 @@ class _Answers:
         return self.layout.logs.index(source)
 
 
+def _plain(column: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
+    flags = column.flags
+    if column.dtype == dtype and flags.c_contiguous and flags.writeable:
+        return column
+    return np.require(column, dtype, ["C", "W"])
+
+
 class WindowState:
     """The windows of one shard of one view: feed it batches in order, take answers.
 
@@ -997,6 +1004,18 @@ class WindowShards:
         #: Of those, the ones further behind than the view's lateness.
         self.too_late = 0
         self._rule = layout.rule()
+        self._shape = len(layout.logs), len(layout.view.windows), layout.n_sums, layout.n_extrema
+        # Per log that has any: its source code, and which columns go where.
+        merges = layout.view.resolution_ms is not None
+        self._columns = [
+            (
+                layout.sources.index(event),
+                list(enumerate(layout.sums[log], start=int(merges))),
+                [(x, name, sign) for x, (name, sign) in enumerate(layout.extrema[log])],
+            )
+            for log, event in enumerate(layout.logs)
+            if layout.sums[log] or layout.extrema[log]
+        ]
         self._states = list(states) or [WindowState(layout) for _ in range(layout.shards)]
         self._arrays = _list_of(self._states[0]._arrays)
         for state in self._states[1:]:
@@ -1027,28 +1046,27 @@ class WindowShards:
         than it) for a late one.
         """
         layout, n = self.layout, len(batch)
-        n_logs, n_windows = len(layout.logs), len(layout.view.windows)
+        n_logs, n_windows, n_sums, n_extrema = self._shape
         # One memory layout, so that one compiled signature serves all callers.
-        source = np.require(batch["source"], np.uint8, ["C", "W"])
-        times = np.require(batch["event_time"], np.int64, ["C", "W"])
-        values = np.zeros((n, layout.n_sums), np.int64)
-        peaks = np.zeros((n, layout.n_extrema), np.int64)
-        merges = layout.view.resolution_ms is not None
-        if merges:
+        source = _plain(batch["source"], np.uint8)
+        times = _plain(batch["event_time"], np.int64)
+        values = np.zeros((n, n_sums), np.int64)
+        peaks = np.zeros((n, n_extrema), np.int64)
+        if layout.view.resolution_ms is not None:
             values[:, 0] = 1
-        for log, event in enumerate(layout.logs):
-            mine: Any = slice(None) if n_logs == 1 else source == layout.sources.index(event)
-            for v, name in enumerate(layout.sums[log], start=int(merges)):
+        for code, summed, peaking in self._columns:
+            mine: Any = slice(None) if n_logs == 1 else source == code
+            for v, name in summed:
                 values[mine, v] = batch[name][mine]
-            for x, (name, sign) in enumerate(layout.extrema[log]):
+            for x, name, sign in peaking:
                 peaks[mine, x] = batch[name][mine] * sign
         keys = key_bytes(batch[layout.view.key])
         if keys.shape[1] > self._key_width:
             self._widen(keys)
         out: dict[str, npt.NDArray[np.int64]] = {
             "#counts": np.empty((n, n_logs, n_windows), np.int64),
-            "#sums": np.empty((n, n_logs, layout.n_sums, n_windows), np.int64),
-            "#extrema": np.empty((n, n_logs, layout.n_extrema, n_windows), np.int64),
+            "#sums": np.empty((n, n_logs, n_sums, n_windows), np.int64),
+            "#extrema": np.empty((n, n_logs, n_extrema, n_windows), np.int64),
             "#since": np.empty((n, n_logs), np.int64),
         }
         at = 0

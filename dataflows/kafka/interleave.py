@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numba as nb
 import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Message
@@ -40,6 +41,15 @@ class _Rows:
     append_time: Int64s
     stream_time: Int64s
     lane: npt.NDArray[np.intp]
+
+    def take(self, rows: npt.NDArray[np.intp]) -> _Rows:
+        return _Rows(
+            [self.messages[row] for row in rows.tolist()],
+            self.offset[rows],
+            self.append_time[rows],
+            self.stream_time[rows],
+            self.lane[rows],
+        )
 
     def cut(self, count: int) -> tuple[_Rows, _Rows]:
         head, tail = slice(count), slice(count, None)
@@ -70,6 +80,23 @@ def _join(parts: Sequence[_Rows]) -> _Rows:
     )
 
 
+@nb.njit(cache=True)
+def _admit(lane, offset, stream_time, received, latest, counts, times, kept):  # type: ignore[no-untyped-def]
+    """Note which rows are new, how many of each lane, and from which time on each counts."""
+    new = 0
+    for row in range(len(lane)):
+        at = lane[row]
+        if offset[row] < received[at]:
+            continue
+        latest[at] = max(latest[at], stream_time[row])
+        times[row] = latest[at]
+        received[at] = offset[row] + 1
+        counts[at] += 1
+        kept[new] = row
+        new += 1
+    return new
+
+
 class Interleaver:
     """Hold what has been read of each lane, and release it in stream-time order.
 
@@ -91,8 +118,11 @@ class Interleaver:
         self.emitted = self.received.copy()
         self.waiting = [0] * len(lanes)
         self._lanes: list[deque[_Rows]] = [deque() for _ in lanes]
+        self._fresh: _Rows | None = None  # what came last, of all lanes
         self._ready: deque[_Rows] = deque()
         self._ready_rows = 0
+        nothing = np.empty(0, np.int64)
+        _admit(nothing, nothing, nothing, self.received, self.latest, nothing, nothing, nothing)
 
     @property
     def buffered(self) -> int:
@@ -115,39 +145,20 @@ class Interleaver:
         """Add rows as read: any mix of lanes, offsets ascending within each.
 
         Rows below `received` are dropped (a broker client may deliver a row twice after a pause).
-        A `stream_time` of `NO_TIME` means that the row has none. O(rows log rows).
+        A `stream_time` of `NO_TIME` means that the row has none. O(rows).
         """
         if not messages:
             return
-        starts = np.flatnonzero(lane[1:] != lane[:-1]) + 1
-        if len(starts) >= len(self._lanes):
-            order = np.argsort(lane, kind="stable")
-            messages = [messages[row] for row in order.tolist()]
-            lane, offset = lane[order], offset[order]
-            append_time, stream_time = append_time[order], stream_time[order]
-            starts = np.flatnonzero(lane[1:] != lane[:-1]) + 1
-        edges = [0, *starts.tolist(), len(messages)]
-        for start, stop in pairwise(edges):
-            index = int(lane[start])
-            if offset[start] < self.received[index]:
-                start += int(np.searchsorted(offset[start:stop], self.received[index]))
-                if start == stop:
-                    continue
-            times = stream_time[start:stop].copy()
-            times[0] = max(times[0], self.latest[index])
-            np.maximum.accumulate(times, out=times)
-            self.latest[index] = times[-1]
-            self.received[index] = offset[stop - 1] + 1
-            self.waiting[index] += stop - start
-            self._lanes[index].append(
-                _Rows(
-                    messages[start:stop],
-                    offset[start:stop],
-                    append_time[start:stop],
-                    times,
-                    lane[start:stop],
-                )
-            )
+        self._sort_out()
+        times, kept = np.empty(len(messages), np.int64), np.empty(len(messages), np.intp)
+        counts = np.zeros(len(self._lanes), np.intp)
+        new = _admit(lane, offset, stream_time, self.received, self.latest, counts, times, kept)
+        if not new:
+            return
+        rows = _Rows(messages, offset, append_time, times, lane)
+        self._fresh = rows if new == len(messages) else rows.take(kept[:new])
+        for index, count in enumerate(counts.tolist()):
+            self.waiting[index] += count
 
     def bound(self, holding: Collection[int]) -> tuple[int, int] | None:
         """Return the largest (stream time, lane) that may go while `holding` lanes hold."""
@@ -164,6 +175,7 @@ class Interleaver:
             for lane in holding
             if not self.waiting[lane] or self.latest[lane] == NO_TIME
         ]
+        self._sort_out()
         for parts in (self._ready, *self._lanes):
             for rows in parts:
                 first = int(np.searchsorted(rows.stream_time, NO_TIME, side="right"))
@@ -179,6 +191,17 @@ class Interleaver:
             limit: number of rows, at least 1.
             bound: of `bound`; None lets everything go.
         """
+        fresh = self._fresh
+        if fresh is not None:
+            count = len(fresh.messages)
+            if bound is None and count <= limit and sum(self.waiting) == count:
+                # Everything may go, and there is nothing else: as it is most of the time.
+                self._fresh = None
+                self.waiting = [0] * len(self.waiting)
+                order = np.lexsort((fresh.lane, fresh.stream_time))
+                self._make_ready([fresh.take(order) if count > 1 else fresh])
+            else:
+                self._sort_out()
         while self._ready_rows < limit and self._release(limit, bound):
             pass
         return self._ready_rows >= limit
@@ -239,17 +262,22 @@ class Interleaver:
         if len(parts) > 1:
             joined = _join(parts)
             order = np.argsort(joined.stream_time, kind="stable")
-            parts = [
-                _Rows(
-                    [joined.messages[row] for row in order.tolist()],
-                    joined.offset[order],
-                    joined.append_time[order],
-                    joined.stream_time[order],
-                    joined.lane[order],
-                )
-            ]
+            parts = [joined.take(order)]
         self._make_ready(parts)
         return True
+
+    def _sort_out(self) -> None:
+        """Move the rows that came last to their lanes."""
+        rows, self._fresh = self._fresh, None
+        if rows is None:
+            return
+        starts = np.flatnonzero(rows.lane[1:] != rows.lane[:-1]) + 1
+        if len(starts) >= len(self._lanes):
+            rows = rows.take(np.argsort(rows.lane, kind="stable"))
+            starts = np.flatnonzero(rows.lane[1:] != rows.lane[:-1]) + 1
+        edges = [0, *starts.tolist(), len(rows.messages)]
+        for start, stop in pairwise(edges):
+            self._lanes[int(rows.lane[start])].append(rows._slice(slice(start, stop)))
 
     def _make_ready(self, parts: list[_Rows]) -> None:
         self._ready += parts

@@ -353,6 +353,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
 
 
 _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thread
+_told_at: dict[int, float] = {}  # monotonic seconds, by thread
 
 
 def poll_sinks() -> None:
@@ -364,9 +365,10 @@ def poll_sinks() -> None:
     has to do this also when nothing is being written: pass it to `KafkaSource` as
     `between_batches`. While something is, the partitions see to it that it happens.
     """
-    partitions = _open_partitions.get(get_ident())
-    if partitions and time.monotonic() - min(each.told_at for each in partitions) > _TELL_EVERY_S:
-        _tell(partitions)
+    thread, now = get_ident(), time.monotonic()
+    if now - _told_at.get(thread, -_TELL_EVERY_S) >= _TELL_EVERY_S:
+        _told_at[thread] = now
+        _tell(_open_partitions.get(thread, ()))
 
 
 def _tell(partitions: Iterable[_SinkPartition]) -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from dataflows.kafka.interleave import NO_TIME, Interleaver
 
+Interleaver([(0, 0)], [0])  # compiles: no example is to wait for it
+
 Row = tuple[int, int, int]  # (stream time or NO_TIME, lane, offset)
 
 
