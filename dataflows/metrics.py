@@ -145,8 +145,9 @@ class Metrics:
             registry=self.registry,
         )
         # A look-up of labels takes longer than to count.
-        for counter in (self.events, self.decisions):
-            counter.labels = cache(counter.labels)  # type: ignore[method-assign]
+        for counter in vars(self).values():
+            if isinstance(counter, Counter):
+                counter.labels = cache(counter.labels)  # type: ignore[method-assign]
         self.latency = LatencyHistogram(
             "end_to_end_latency_seconds",
             "Broker append of the event to delivery report of its prediction",

@@ -175,17 +175,20 @@ class IdempotentWriter:
 
     def _take_sent(self, count: int) -> npt.NDArray[np.float64]:
         """Settle the next `count` rows sent; return ms from their append to their `produce`."""
-        ages: list[npt.NDArray[np.float64]] = []
+        appended: list[npt.NDArray[np.int64]] = []
+        sent_ms: list[float] = []
         while count:
             batch, now_ms = self._sent[0]
             start, stop = self._settled, min(self._settled + count, len(batch))
-            ages.append(ages_ms(batch.append_time[start:stop], now_ms))
+            appended.append(batch.append_time[start:stop])
+            sent_ms.append(now_ms)
             count -= stop - start
             self._settled = stop
             if stop == len(batch):
                 self._sent.popleft()
                 self._settled = 0
-        return np.concatenate(ages)
+        each_ms = np.repeat(sent_ms, [len(part) for part in appended])
+        return ages_ms(np.concatenate(appended), each_ms)
 
     def begin_confirm(self) -> None:
         pass  # the producer sends at once, and `confirm` flushes it for all

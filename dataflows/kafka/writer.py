@@ -145,7 +145,9 @@ class Wait:
             _logger.warning("%s: the brokers confirm again, after %.1f s", self._what, waited_s)
 
 
-def ages_ms(append_time: npt.NDArray[np.int64], now_ms: float) -> npt.NDArray[np.float64]:
+def ages_ms(
+    append_time: npt.NDArray[np.int64], now_ms: float | npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     return np.where(append_time >= 0, now_ms - append_time, 2 * UNKNOWN)
 
 
