@@ -158,6 +158,9 @@ class IdempotentWriter:
             except KafkaException as error:
                 raise not_taken(error.args[0], self._topic, self._partition, 1) from error
 
+    def poll(self) -> None:
+        self._producer.poll(0)
+
     def settle(self) -> Delivery | None:
         self._producer.poll(0)
         self._shared.raise_if_fatal()

@@ -152,6 +152,9 @@ class TransactionalWriter:
                 )
             self._raise_failure()
 
+    def poll(self) -> None:
+        pass  # its thread looks for itself
+
     def settle(self) -> Delivery | None:
         if not self._committed and not self._suppressed and self._failure is None:
             return None  # a look without the lock: what comes now is seen next time

@@ -87,6 +87,9 @@ class Writer(Protocol):
     def write(self, batch: OutRecords) -> None:
         """Take the records; wait only if there is no room for more."""
 
+    def poll(self) -> None:
+        """Serve the delivery reports that have come: a latency counts until then."""
+
     def settle(self) -> Delivery | None:
         """Account for what has been delivered since the last call, without waiting."""
 
