@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ from bytewax.dataflow import Dataflow
 from bytewax.recovery import init_db_dir
 
 from dataflows.kafka.peers import Peers
-from dataflows.kafka.sink import check_state
+from dataflows.kafka.sink import SinkState, check_state
 from dataflows.kafka.topics import part_name
 from features.seen import SeenIds
 from features.windows import Layout, WindowState
@@ -356,6 +357,12 @@ def _create(directory: Path, flow_id: str) -> Manifest:
             f"the recovery store in {directory} is of the flow {manifest.flow!r}, this is the flow "
             f"{flow_id!r}: correct -r"
         )
+    if manifest.bytewax != version("bytewax"):
+        raise RecoveryError(
+            f"the recovery store in {directory} was made by Bytewax {manifest.bytewax}, this is "
+            f"{version('bytewax')}, which may resume it otherwise than this flow expects: install "
+            f"{manifest.bytewax}, or {_NEW_DIRECTORY}"
+        )
     return manifest
 
 
@@ -472,19 +479,20 @@ def resume_epoch(parts: Collection[Path]) -> int:
     return min(fronts.get((last, worker), began) for worker in range(workers))
 
 
-def discard_open_epoch(directory: Path) -> int:
+def discard_open_epoch(directory: Path, delivery: str) -> int:
     """Delete what a killed life has stored of an epoch that never became durable.
 
     Bytewax 0.21.1 stores snapshots as they come (``src/timely.rs``, `partd_write`), and afterwards
     that the epoch is complete. Killed in between, it resumes at that epoch and gives the number
     again; a key that is not awake in the new one keeps the dead life's snapshot under it, which
     counts as durable as soon as the new one is. Its events would move windows twice, or be taken
-    for duplicates of themselves.
+    for duplicates of themselves. Where that cannot be told because parts are elsewhere,
+    ``exactly_once`` does not start; the other guarantees go on, with a warning.
 
     Call it while this process holds the directory, before the engine starts; all processes of a
     cluster may. Returns the number of snapshots deleted.
 
-    Raises RecoveryError if the store cannot be written.
+    Raises RecoveryError if the store cannot be written, or `delivery` rules out to go on.
     """
     parts = parts_of(directory)
     wanted: set[int] = set()
@@ -492,12 +500,22 @@ def discard_open_epoch(directory: Path) -> int:
         with _open(part) as connection:
             wanted |= {n for (n,) in connection.execute("SELECT part_count FROM parts")}
     if wanted != {len(parts)}:
-        log.warning(
+        what = (
             "not all parts of the recovery store are in this directory, so what a killed life left "
-            "of its last epoch cannot be told from the rest: give all processes one directory",
+            "of its last epoch cannot be told from the rest"
+        )
+        here, of = len(parts), max(wanted, default=0)
+        if delivery == "exactly_once":
+            raise RecoveryError(
+                f"{directory} ({here} of {of} parts): {what}, and events could move windows twice "
+                "(DELIVERY=exactly_once). Put all parts into one directory and give it to all "
+                f"processes; or {_NEW_DIRECTORY}"
+            )
+        log.warning(
+            f"{what}: give all processes one directory",
             directory=str(directory),
-            here=len(parts),
-            parts=max(wanted, default=0),
+            here=here,
+            parts=of,
         )
         return 0
     epoch = resume_epoch(parts)
@@ -594,11 +612,17 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` has looked at. `epoch`: the one that the flow resumes in."""
+    """What `check` has looked at.
+
+    Attributes:
+        epoch: the one that the flow resumes in.
+        written: output partition → its state as of then.
+    """
 
     snapshots: int
     bytes: int
     epoch: int
+    written: Mapping[str, SinkState] = field(default_factory=dict)
 
 
 def check(
@@ -612,7 +636,7 @@ def check(
 
     Every row is looked at, also old ones that would not be loaded: its pickle holds plain values
     only; its step is one of `flow`; its key, for inputs and outputs, is a partition that exists.
-    Window snapshots must fit their view. 50 MB take some 0.1 s.
+    Window snapshots must fit their view, and inputs' be offsets. 50 MB take some 0.1 s.
 
     Args:
         directory: the store.
@@ -628,6 +652,8 @@ def check(
     switched_off: set[str] = set()
     count = size = 0
     parts = parts_of(directory)
+    epoch = resume_epoch(parts)
+    written: dict[str, tuple[int, SinkState]] = {}
     for snapshot in snapshots(parts):
         count += 1
         size += len(snapshot.change or b"")
@@ -641,13 +667,16 @@ def check(
             raise RecoveryError(_unknown_partition(snapshot, step))
         elif step.check is not None and value is not None:
             _check_value(snapshot, value, step.check)
+            if step.check is check_state and snapshot.epoch < epoch:
+                newest = written.get(snapshot.key, (-1, value))
+                written[snapshot.key] = max(newest, (snapshot.epoch, value), key=itemgetter(0))
     for step_id in sorted(switched_off):
         log.warning(
             "the recovery store has state of a step that is switched off; switched on again, it "
             "goes on with that old state",
             step=step_id,
         )
-    return Checked(count, size, resume_epoch(parts))
+    return Checked(count, size, epoch, {key: state for key, (_, state) in written.items()})
 
 
 def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[str, _Step]]:
@@ -666,13 +695,21 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
                 yield from walk(step.substeps, fits)
             elif kind == "input":
                 read = names([topic.name for topic in step.source.topics])
-                yield step.step_id, _Step(read, "read", None)
+                yield step.step_id, _Step(read, "read", _check_offset)
             elif kind == "output":
                 yield step.step_id, _Step(names([step.sink.topic]), "written", check_state)
             elif kind == "stateful_batch":
                 yield step.step_id, _Step(None, "", fits)
 
     return walk(flow.substeps, None)
+
+
+def _check_offset(value: Any) -> None:
+    """Raise unless a value is an input's next offset."""
+    if type(value) is not int:
+        raise TypeError
+    if value < 0:
+        raise ValueError(f"{value} is not an offset, which is 0 or more")
 
 
 def _unknown_step(snapshot: Snapshot, steps: Collection[str]) -> str:

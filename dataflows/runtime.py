@@ -93,7 +93,9 @@ class Runtime:
                 found = recovery.check(
                     store.directory, flow, runtime.partitions, optional=OPTIONAL_STEPS
                 )
-                recovery.discard_open_epoch(store.directory)
+                for sink in (runtime.predictions, runtime.dead_letters, runtime.audit):
+                    sink.refuse_moved_keys(found.written)
+                recovery.discard_open_epoch(store.directory, settings.delivery)
                 log.info(
                     "recovery store checked",
                     directory=str(store.directory),
@@ -153,6 +155,7 @@ class Runtime:
                 transaction_s=settings.transaction_s,
                 past_retention=settings.resume_past_retention,
                 tail_max_records=settings.tail_max_records,
+                either_copy=settings.dedupe,
                 observe=observe,
                 startup_timeout_s=settings.startup_timeout_s,
             )

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         30, gt=0, le=600, description="How long brokers and topics are waited for at start (s)"
     )
     batch_size: int = Field(
-        1024, ge=1, le=65_536, description="Most events in a micro-batch; less when fewer are there"
+        4096, ge=1, le=65_536, description="Most events in a micro-batch; less when fewer are there"
     )
     max_buffered: int = Field(
         20_000, ge=1000, le=10_000_000, description="Most records buffered of one partition"

@@ -23,6 +23,7 @@ Header: TypeAlias = tuple[str, bytes | None]
 # Magic 2: 61 bytes of batch header, up to 27 of varints, and the header "event_id".
 _BYTES_A_RECORD = 128
 _BYTES_A_HEADER = 10
+_CLOCK_BYTES = 20  # of any 64-bit integer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,8 @@ class OutRecords:
         origins: optional ``topic/partition/offset`` of the cause, sent as header ``origin``; what
             exactly-once output forgets its earlier publications by.
         headers: optional further headers of each record.
+        clock_bytes: optional int64, how many bytes of each value depend on when it was made, such
+            as the digits of an age: a later life must judge its size as this one did.
 
     >>> out = OutRecords([b"a", b"b"], [b"1", None], np.array([0, 0]), [b"tx1", b"tx2"])
     >>> out.take(np.array([1])).event_ids
@@ -76,6 +79,7 @@ class OutRecords:
     event_ids: list[bytes]
     origins: list[bytes] | None = None
     headers: list[list[Header]] | None = None
+    clock_bytes: Int64s | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,6 +94,7 @@ class OutRecords:
             _pick(self.event_ids, index),
             None if self.origins is None else _pick(self.origins, index),
             None if self.headers is None else _pick(self.headers, index),
+            None if self.clock_bytes is None else self.clock_bytes[rows],
         )
 
     @staticmethod
@@ -117,6 +122,16 @@ class OutRecords:
             None
             if plain or (all(batch.headers is None for batch in batches) and origins is not None)
             else [batch.headers_of(row)[before:] for batch in batches for row in range(len(batch))],
+            None
+            if all(batch.clock_bytes is None for batch in batches)
+            else np.concatenate(
+                [
+                    np.full(len(batch), _CLOCK_BYTES)
+                    if batch.clock_bytes is None
+                    else batch.clock_bytes
+                    for batch in batches
+                ]
+            ),
         )
 
     def largest(self) -> int:
@@ -128,7 +143,7 @@ class OutRecords:
         if self.headers is not None:
             return int(self.most_bytes().max(initial=0))
         columns: list[Sequence[bytes | None]] = [self.keys, self.values, self.event_ids]
-        bytes_ = _BYTES_A_RECORD
+        bytes_ = _BYTES_A_RECORD + (0 if self.clock_bytes is None else _CLOCK_BYTES)
         if self.origins is not None:
             columns.append(self.origins)
             bytes_ += _BYTES_A_HEADER
@@ -150,6 +165,8 @@ class OutRecords:
                 sum(len(name) * 4 + len(content or b"") + _BYTES_A_HEADER for name, content in row)
                 for row in self.headers
             ]
+        if self.clock_bytes is not None:
+            sizes += _CLOCK_BYTES - self.clock_bytes
         return sizes + _BYTES_A_RECORD
 
     def each_headers(self) -> Iterator[Any]:

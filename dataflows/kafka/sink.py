@@ -58,7 +58,8 @@ PREDICTION_TOO_LARGE = "prediction_too_large"
 Guarantee: TypeAlias = Literal["at_most_once", "at_least_once", "exactly_once"]
 SinkState: TypeAlias = tuple[int, int, int, bytes, str]
 
-_FORMAT = 2
+_FORMAT = 3
+_KEYLESS = 2  # format in which what is pending was known without its key
 _TELL_EVERY_S = 0.02
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
 _logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def check_state(value: Any) -> SinkState:
     """Return the recovery state of a sink partition; ValueError if this version cannot read it."""
     match value:
         case (int(version), int(offset), int(partitions), bytes(pending), str(owner)) if (
-            version == _FORMAT
+            version == _FORMAT or (version == _KEYLESS and not pending)
         ):
             return version, offset, partitions, pending, owner
         case (int(written_by), *_) if written_by != _FORMAT:
@@ -90,10 +91,11 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             that then keeps no offsets.
         consumer_config: librdkafka consumer settings, to read the partitions' tails with; only
             for ``exactly_once``. None: `config`'s address.
-        owner: prefix of the transactional ids, ``owner.topic.partition``; the same in every life.
+        owner: prefix of the transactional ids, ``owner/topic/partition``; the same in every life.
         transaction_s: how long a transaction stays open at most, in seconds.
         past_retention: see `read_tail`.
         tail_max_records: see `read_tail`.
+        either_copy: see `dataflows.kafka.tail.Published`; True where events are deduplicated.
         observe: called with a `Delivery` for what was delivered, on the worker thread.
         startup_timeout_s: bound of the look-up of the topic.
 
@@ -115,6 +117,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         transaction_s: float = 0.1,
         past_retention: bool = False,
         tail_max_records: int = MOST_RECORDS,
+        either_copy: bool = False,
         observe: Callable[[Delivery], None] | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
     ) -> None:
@@ -128,6 +131,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         self._transaction_s = transaction_s
         self._past_retention = past_retention
         self._tail_max_records = tail_max_records
+        self._either_copy = either_copy
         self._observe = observe
         self._startup_timeout_s = startup_timeout_s
         self._partitions = 0
@@ -184,9 +188,10 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
                 self.topic,
                 partition,
                 self._config,
-                transactional_id=f"{self._owner}.{self.topic}.{partition}",
+                # A topic's name has no "/", so no two partitions share an id, whatever the owners.
+                transactional_id=f"{self._owner}/{self.topic}/{partition}",
                 # A life under another name may still be about.
-                predecessor=f"{owner}.{self.topic}.{partition}" if owner else "",
+                predecessor=f"{owner}/{self.topic}/{partition}" if owner else "",
                 tail=partial(self._tail, partition, start, count, pending),
                 transaction_s=self._transaction_s,
             )
@@ -196,7 +201,23 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         owner = self._owner if self._delivery == "exactly_once" else ""
         return _SinkPartition(writer, self.partitions, owner, self._observe)
 
-    def _tail(self, partition: int, start: int | None, count: int, pending: bytes) -> Tail:
+    def refuse_moved_keys(self, states: Mapping[str, SinkState]) -> None:
+        """Raise StartupError if partitions were added while records of an open epoch are there.
+
+        Call it before the flow starts, with the recovery state of each output partition by name.
+        A partition looks again once its predecessor is locked out; but then the others may
+        already have written what it has published.
+        """
+        if self._delivery != "exactly_once":
+            return
+        for partition in range(self.partitions):
+            state = states.get(part_name(self.topic, partition))
+            if state is not None and state[2] != self.partitions:
+                self._tail(partition, *state[1:4], fenced=False)
+
+    def _tail(
+        self, partition: int, start: int | None, count: int, pending: bytes, *, fenced: bool = True
+    ) -> Tail:
         address = {"bootstrap.servers": self._config["bootstrap.servers"]}
         tail = read_tail(
             self.topic,
@@ -206,6 +227,8 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             past_retention=self._past_retention,
             most_records=self._tail_max_records,
             timeout_s=self._startup_timeout_s,
+            either_copy=self._either_copy,
+            fenced=fenced,
         )
         tail.published.unpack(pending)
         if tail.published and count != self.partitions:

@@ -23,24 +23,30 @@ _logger = logging.getLogger(__name__)
 class Published:
     """The records of an output partition that its next owner must not write again.
 
-    Each is known by its event id and its *origin*, the ``topic/partition/offset`` of the input
-    record that caused it. An event that comes again takes its id away. What can never come again
-    is forgotten, by `forget_passed`: the inputs of one partition come in order, so a record whose
-    origin lies behind one that has come was published for an event that is now answered otherwise,
-    or is no longer read.
+    Each is known by its event id and key, and its *origin*, the ``topic/partition/offset`` of the
+    input record that caused it. An event that comes again takes its record away. What can never
+    come again is forgotten, by `forget_passed`: the inputs of one partition come in order, so a
+    record whose origin lies behind one that has come was published for an event that is now
+    answered otherwise, or is no longer read.
+
+    Args:
+        either_copy: events with one id and key are copies of one event, of which either may be the
+            one that is answered (deduplication is on). Otherwise they are two events, and only an
+            equal origin, or one that is not known, says that it is the same.
 
     >>> published = Published()
-    >>> published.add(b"tx1", b"in/0/7"); published.add(b"tx1", b"in/0/9")
-    >>> published.take(b"tx1", b"in/0/9"), published.take(b"tx2", b"in/0/10"), len(published)
-    (True, False, 1)
-    >>> published.forget_passed(); len(published)
-    0
+    >>> published.add(b"tx1", b"C1", b"in/0/7"); published.add(b"tx1", b"C1", b"in/0/9")
+    >>> published.take(b"tx1", b"C1", b"in/1/3"), published.take(b"tx1", b"C1", b"in/0/9")
+    (False, True)
+    >>> len(published), published.forget_passed(), len(published)
+    (1, None, 0)
     """
 
-    def __init__(self) -> None:
-        self._origins: dict[bytes, list[bytes]] = {}
+    def __init__(self, *, either_copy: bool = False) -> None:
+        self._either_copy = either_copy
+        self._origins: dict[bytes, list[bytes]] = {}  # by `_name`
         self._count = 0
-        # Input partition → (offset, event id, origin) of its records, the first ones last.
+        # Input partition → (offset, name, origin) of its records, the first ones last.
         self._queues: dict[bytes, list[tuple[int, bytes, bytes]]] = {}
         self._sorted = True
         self._passed: dict[bytes, int] = {}  # input partition → newest offset that has come
@@ -48,35 +54,46 @@ class Published:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, event_id: bytes, origin: bytes) -> None:
+    def add(self, event_id: bytes, key: bytes | None, origin: bytes) -> None:
         """Note a record. O(1)."""
-        self._origins.setdefault(event_id, []).append(origin)
+        self._add(_name(event_id, key), origin)
+
+    def _add(self, name: bytes, origin: bytes) -> None:
+        self._origins.setdefault(name, []).append(origin)
         self._count += 1
         partition, _, offset = origin.rpartition(b"/")
         if partition:
-            self._queues.setdefault(partition, []).append((int(offset), event_id, origin))
+            self._queues.setdefault(partition, []).append((int(offset), name, origin))
             self._sorted = False
 
-    def take(self, event_id: bytes, origin: bytes) -> bool:
-        """Tell whether a record with this id was published, and note that it has come. O(1).
+    def take(self, event_id: bytes, key: bytes | None, origin: bytes) -> bool:
+        """Tell whether this record was published, and note that it has come. O(1).
 
-        An id that was published twice is taken twice, its own origin first.
+        What was published twice is taken twice.
         """
         partition, _, offset = origin.rpartition(b"/")
         if partition:
             self._passed[partition] = max(self._passed.get(partition, -1), int(offset))
-        origins = self._origins.get(event_id)
+        name = _name(event_id, key)
+        origins = self._origins.get(name)
         if origins is None:
             return False
-        self._remove(event_id, origin if origin in origins else origins[0])
+        if origin in origins:
+            self._remove(name, origin)
+        elif self._either_copy or not origin:
+            self._remove(name, origins[0])
+        elif b"" in origins:
+            self._remove(name, b"")
+        else:
+            return False
         return True
 
-    def _remove(self, event_id: bytes, origin: bytes) -> None:
-        origins = self._origins[event_id]
+    def _remove(self, name: bytes, origin: bytes) -> None:
+        origins = self._origins[name]
         origins.remove(origin)
         self._count -= 1
         if not origins:
-            del self._origins[event_id]
+            del self._origins[name]
 
     def forget_passed(self) -> None:
         """Forget what can never come again; call it when an epoch is complete.
@@ -90,9 +107,9 @@ class Published:
         for partition, newest in self._passed.items():
             queue = self._queues.get(partition, [])
             while queue and queue[-1][0] <= newest:
-                _, event_id, origin = queue.pop()
-                if origin in self._origins.get(event_id, ()):
-                    self._remove(event_id, origin)
+                _, name, origin = queue.pop()
+                if origin in self._origins.get(name, ()):
+                    self._remove(name, origin)
 
     def pack(self) -> bytes:
         """Return the records as bytes, empty if there are none."""
@@ -102,9 +119,13 @@ class Published:
         """Add what `pack` returned."""
         if packed:
             decoded = msgspec.msgpack.decode(packed, type=dict[bytes, list[bytes]])
-            for event_id, origins in decoded.items():
+            for name, origins in decoded.items():
                 for origin in origins:
-                    self.add(event_id, origin)
+                    self._add(name, origin)
+
+
+def _name(event_id: bytes, key: bytes | None) -> bytes:
+    return event_id + b"\0" + (key or b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +145,8 @@ def read_tail(
     past_retention: bool = False,
     most_records: int = MOST_RECORDS,
     timeout_s: float = STARTUP_TIMEOUT_S,
+    either_copy: bool = False,
+    fenced: bool = True,
 ) -> Tail:
     """Return the committed records of a partition from an offset on. O(records).
 
@@ -136,29 +159,20 @@ def read_tail(
             published by the flow and are then published again.
         most_records: bound; more than this is not read.
         timeout_s: longest silence of the brokers.
+        either_copy: see `Published`.
+        fenced: the predecessor's transaction has ended, so one that is open is a foreign writer's,
+            and hides what we committed after it: it is waited for. False: read what can be read.
 
     Raises:
         StartupError: records after `start` are gone, there are too many, or the brokers are silent.
     """
     name = f"{topic}/{partition}"
-    consumer = Consumer(
-        {
-            "fetch.wait.max.ms": 10,
-            **config,
-            "group.id": "tail",  # never joined, nothing is committed
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
-            "enable.partition.eof": True,
-            "auto.offset.reset": "error",
-            "isolation.level": "read_committed",
-            "allow.auto.create.topics": False,
-        },
-        logger=logging.getLogger("librdkafka"),
-    )
     began = time.monotonic()
+    low, high = _bounds(
+        topic, partition, config, timeout_s, "uncommitted" if fenced else "committed"
+    )
+    consumer = _consumer(config, "committed")
     try:
-        servers = config.get("bootstrap.servers")
-        low, high = watermarks(consumer, topic, partition, servers, timeout_s=timeout_s)
         if start is not None and start > high:
             raise StartupError(
                 f"{name} ends at {high}, before the snapshot's {start}: the topic was recreated, "
@@ -181,7 +195,8 @@ def read_tail(
                 "each), write to a new topic, or restore the recovery directory that belongs to "
                 "this one"
             )
-        published = _published(consumer, TopicPartition(topic, partition, offset), high, timeout_s)
+        published = Published(either_copy=either_copy)
+        _read(published, consumer, TopicPartition(topic, partition, offset), high, timeout_s)
     finally:
         consumer.close()
     if published:
@@ -194,11 +209,42 @@ def read_tail(
     return Tail(published, high)
 
 
-def _published(consumer: Consumer, begin: TopicPartition, end: int, timeout_s: float) -> Published:
+def _consumer(config: Mapping[str, Any], isolation: str) -> Consumer:
+    return Consumer(
+        {
+            "fetch.wait.max.ms": 10,
+            **config,
+            "group.id": "tail",  # never joined, nothing is committed
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "error",
+            "isolation.level": f"read_{isolation}",
+            "allow.auto.create.topics": False,
+        },
+        logger=logging.getLogger("librdkafka"),
+    )
+
+
+def _bounds(
+    topic: str, partition: int, config: Mapping[str, Any], timeout_s: float, isolation: str
+) -> tuple[int, int]:
+    """Return the first offset and the end: committed, that is where the first open transaction is;
+    uncommitted, behind all that was written."""
+    consumer = _consumer(config, isolation)
+    try:
+        servers = config.get("bootstrap.servers")
+        return watermarks(consumer, topic, partition, servers, timeout_s=timeout_s)
+    finally:
+        consumer.close()
+
+
+def _read(
+    found: Published, consumer: Consumer, begin: TopicPartition, end: int, timeout_s: float
+) -> None:
     """Note the records from `begin` up to offset `end`, which may be a transaction's marker."""
-    found = Published()
     if begin.offset >= end:
-        return found
+        return
     consumer.assign([begin])
     heard = time.monotonic()
     while True:
@@ -209,10 +255,10 @@ def _published(consumer: Consumer, begin: TopicPartition, end: int, timeout_s: f
                 headers: dict[str, Any] = dict(message.headers() or ())
                 event_id = headers.get("event_id")
                 if event_id is not None:
-                    found.add(event_id, headers.get("origin") or b"")
+                    found.add(event_id, message.key(), headers.get("origin") or b"")
             elif error.code() == KafkaError._PARTITION_EOF:
                 if (message.offset() or 0) >= end:
-                    return found
+                    return
             elif error.code() == KafkaError._AUTO_OFFSET_RESET or (
                 not error.retriable() and error.code() >= 0
             ):

@@ -6,15 +6,17 @@ ever. Its rules:
 1. *Fence first, then read.* A new owner calls `init_transactions`, which ends its predecessor's
    transaction and locks the predecessor out, and only then reads what was published since the
    snapshot (`dataflows.kafka.tail`). In the other order a zombie could publish between the two.
-2. *Suppress by event id.* A record whose id is in that tail is not written again; each id as many
-   times as it was published. What has not come again by the next snapshot is kept in it
+2. *Suppress by event id and origin.* A record that is in that tail is not written again; each as
+   many times as it was published. What has not come again by the next snapshot is kept in it
    (`pending`): an epoch that is computed again need not end where the first one did, so its events
    may still lie ahead. What can no longer come is forgotten.
 3. *Confirm before the snapshot.* `confirm` returns once everything written is committed, so a
    snapshot never claims what Kafka does not have. What is committed and not yet in a snapshot is
    what the next owner finds in the tail.
 4. *Abort and write again, or stop.* The rows of the open transaction are kept until it is
-   committed. Nothing that failed is passed over.
+   committed. Nothing that failed is passed over: what `produce` does not take (librdkafka refuses
+   rows of a topic that it has come to think does not exist, or may not be written) is in no
+   transaction, and would not make its commit fail.
 
 A transaction stays open for `transaction_s` at most, and is committed by a thread of its own
 (`commit_transaction` blocks for two or three round trips); rows that come meanwhile wait in order.
@@ -114,6 +116,8 @@ class TransactionalWriter:
         self._busy = True  # taking over, or committing: rows wait
         self._open: list[OutRecords] = []  # rows of the open transaction
         self._open_rows = 0
+        self._refused: KafkaError | None = None  # why `produce` did not take all of them
+        self._reports = 0  # of batches whose last row was delivered
         self._commit_at = float("inf")  # monotonic seconds
         self._waiting: deque[OutRecords] = deque()
         self._waiting_rows = 0
@@ -223,10 +227,12 @@ class TransactionalWriter:
             self._changed.notify_all()
         self._open.append(batch)
         self._open_rows += len(batch)
-        if not self._produce(batch) or self._open_rows >= _MOST_ROWS_IN_TRANSACTION:
+        self._produce(batch)
+        if self._refused is not None or self._open_rows >= _MOST_ROWS_IN_TRANSACTION:
             self.begin_confirm()
 
     def _begin(self) -> None:
+        self._refused, self._reports = None, 0
         try:
             self._producer.begin_transaction()
         except KafkaException as error:
@@ -237,18 +243,22 @@ class TransactionalWriter:
         origins = batch.origins or [b""] * len(batch)
         keep = [
             row
-            for row, (event_id, origin) in enumerate(zip(batch.event_ids, origins, strict=True))
-            if not self._published.take(event_id, origin)
+            for row, (event_id, key, origin) in enumerate(
+                zip(batch.event_ids, batch.keys, origins, strict=True)
+            )
+            if not self._published.take(event_id, key, origin)
         ]
         self._suppressed += len(batch) - len(keep)
         return batch if len(keep) == len(batch) else batch.take(np.array(keep, dtype=np.intp))
 
-    def _produce(self, batch: OutRecords) -> bool:
-        """Hand rows to the producer; False: the transaction is broken, which its commit will say.
+    def _produce(self, batch: OutRecords) -> None:
+        """Hand rows to the producer, unless some of the transaction were refused: see `_commit`.
 
-        Only the last row asks for its report, to learn the offset: a row that fails breaks the
-        whole transaction.
+        Only the last row asks for its report, to learn the offset: a row that fails once it is
+        taken breaks the whole transaction.
         """
+        if self._refused is not None:
+            return
         produce, topic, partition = self._producer.produce, self._topic, self._partition
         last = len(batch) - 1
         rows = zip(batch.keys, batch.values, batch.each_headers(), strict=True)
@@ -265,13 +275,12 @@ class TransactionalWriter:
                         raise no_room(topic, partition, self._timeout_s) from error
                     self._producer.poll(0.05)
                 except KafkaException as error:
-                    if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                        raise not_taken(error.args[0], topic, partition, 1) from error
-                    return False
-        return True
+                    self._refused = error.args[0]
+                    return
 
     def _reported(self, error: KafkaError | None, message: Message) -> None:
         if error is None:
+            self._reports += 1
             # The transaction's marker takes the next offset.
             self.next_offset = max(self.next_offset, (message.offset() or 0) + 2)
 
@@ -329,11 +338,15 @@ class TransactionalWriter:
     def _commit(self) -> None:
         deadline, pause_s = time.monotonic() + self._timeout_s, 0.1
         while True:
-            try:
-                self._persist(self._producer.commit_transaction, "could not be committed")
+            reason = self._refused
+            if reason is None:
+                try:
+                    self._persist(self._producer.commit_transaction, "could not be committed")
+                except KafkaException as error:
+                    reason = error.args[0]
+            if reason is None:
+                self._check_reports()
                 return
-            except KafkaException as error:
-                reason = error.args[0]
             if reason.code() in _HOPELESS or time.monotonic() + pause_s > deadline:
                 raise not_taken(reason, self._topic, self._partition, self._open_rows)
             _logger.warning(
@@ -351,6 +364,15 @@ class TransactionalWriter:
             self._begin()
             for batch in self._open:
                 self._produce(batch)
+
+    def _check_reports(self) -> None:
+        """Make sure that what was committed is what was written; a commit serves all reports."""
+        if self._reports != len(self._open):
+            raise DeliveryError(
+                f"{self._topic}/{self._partition}: a transaction of {len(self._open)} batches was "
+                f"committed with {self._reports} of them. This should not happen; restart the "
+                "flow: the open epoch is compared with what is there, and written"
+            )
 
     def _persist(self, act: Callable[[float], None], failure: str) -> None:
         """Repeat what may be repeated; raise KafkaException for what wants an abort."""

@@ -18,6 +18,7 @@ from features.keys import shards_of
 from model.package import DECISIONS
 
 _AUDIT_BUCKETS = 10_000
+_TENS = 10 ** np.arange(1, 19)
 
 
 class Reason(msgspec.Struct, gc=False):
@@ -75,6 +76,7 @@ def encode(
     def run(batches: list[EventBatch]) -> Iterable[OutRecords]:
         now_ms = round(now_s() * 1000)
         for batch in batches:
+            latency_ms = now_ms - batch["append_time"]
             predictions = map(
                 Prediction,
                 _texts(batch["transaction_id"]),
@@ -85,7 +87,7 @@ def encode(
                 map(DECISIONS.__getitem__, batch["decision"].tolist()),
                 repeat(model_version),
                 repeat(features.schema_hash),
-                (now_ms - batch["append_time"]).tolist(),
+                latency_ms.tolist(),
                 _reasons(batch, features.names),
             )
             yield OutRecords(
@@ -94,6 +96,7 @@ def encode(
                 append_time=batch["append_time"],
                 event_ids=batch["transaction_id"].tolist(),
                 origins=_origins(batch, topics),
+                clock_bytes=_digits(latency_ms),
             )
 
     return op.flat_map_batch("encode", up, run)
@@ -150,6 +153,15 @@ def _origins(batch: EventBatch, topics: Sequence[str]) -> list[bytes]:
     names = [topic.encode() for topic in topics]
     columns = (batch[name].tolist() for name in ("source", "partition", "offset"))
     return [b"%b/%d/%d" % (names[s], p, o) for s, p, o in zip(*columns, strict=True)]
+
+
+def _digits(numbers: Column) -> Column:
+    """Return how many characters each integer has in JSON.
+
+    >>> _digits(np.array([0, 9, 10, -10])).tolist()
+    [1, 1, 2, 3]
+    """
+    return 1 + np.searchsorted(_TENS, np.abs(numbers), side="right") + (numbers < 0)
 
 
 def _texts(column: Column) -> Iterable[str]:

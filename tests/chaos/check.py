@@ -165,6 +165,13 @@ def _delivered(
     verdict.against(f"{name} of nothing that was sent", [k for k in found if k not in expected])
     repeated = {key: records for key, records in found.items() if len(records) > 1}
     if name == "predictions":
+        elsewhere = [
+            key
+            for key, records in found.items()
+            for record in records
+            if key in expected and record.headers.get("origin") != _name(expected[key]).encode()
+        ]
+        verdict.against("predictions are not of the event that came first", elsewhere)
         verdict.repeated = sum(len(records) - 1 for records in repeated.values())
     if facts.exactly_once:
         verdict.against(f"{name} doubled", list(repeated))

@@ -39,7 +39,8 @@ def good(window_state: Path) -> Facts:
     for n in range(COUNT):
         header: dict[str, bytes | None] = {"event_id": b"t%d" % n}
         body: dict[str, object] = {"transaction_id": f"t{n}"}
-        predictions.append(Record("predictions", 0, n, json.dumps(body).encode(), header))
+        origin = {"origin": b"transactions/0/%d" % n}
+        predictions.append(Record("predictions", 0, n, json.dumps(body).encode(), header | origin))
         values = np.frombuffer(vectors[f"t{n}"]).tolist()
         vector = dict(zip(FRAUD.names, values, strict=True))
         seen = {"features": vector, "topic": "transactions", "partition": 0, "offset": n}
@@ -90,6 +91,15 @@ def changed(name: str, row: int, old: bytes, new: bytes) -> Callable[[Facts], Fa
     return change
 
 
+def moved(name: str, row: int, origin: bytes) -> Callable[[Facts], Facts]:
+    def change(facts: Facts) -> Facts:
+        records = list(facts.records[name])
+        records[row] = records[row]._replace(headers=records[row].headers | {"origin": origin})
+        return with_records(facts, name, records)
+
+    return change
+
+
 def test_a_good_run_is_good(good: Facts) -> None:
     verdict = check(good)
     assert verdict.violations == []
@@ -110,7 +120,8 @@ def test_a_good_run_is_good(good: Facts) -> None:
         (changed("predictions", 0, b"t0", b"t99"), "predictions of nothing that was sent"),
         (changed("dead_letters", 0, b"no", b"on"), "dead letters are not the record refused"),
         (changed("audit", 5, b'"amount": 10.5', b'"amount": 10.500000000000002'), "t5 ['amount']"),
-        (changed("audit", 5, b'"offset": 5', b'"offset": 6'), "not of the event that came first"),
+        (changed("audit", 5, b'"offset": 5', b'"offset": 6'), "audit records are not of the event"),
+        (moved("predictions", 5, b"transactions/1/5"), "predictions are not of the event that"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(change: Callable[[Facts], Facts], says: str, good: Facts) -> None:

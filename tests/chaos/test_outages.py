@@ -16,7 +16,18 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourcePatternType,
+    ResourceType,
+)
 
 from tests.chaos.load import Item, Load
 from tests.chaos.reader import Place, Reader, resume_offsets
@@ -122,7 +133,10 @@ class Trial:
         return sum(self.resumed[-1].values()) if self.resumed else 0
 
     def answered(self) -> int:
-        account = self.flow.account().get(self.env.topics["transactions"], {})
+        try:
+            account = self.flow.account().get(self.env.topics["transactions"], {})
+        except OSError:  # it ends at this moment
+            return 0
         return sum(n for outcome, n in account.items() if outcome != "read")
 
     def await_log(self, pattern: str, timeout_s: float = 30.0) -> None:
@@ -348,6 +362,43 @@ def test_output_topic_deleted_while_running(one: Make) -> None:
     trial.flow.recovery.mkdir()
     trial.restart()
     trial.finish()
+
+
+@pytest.mark.parametrize("delivery", [EXACTLY, AT_LEAST])
+def test_the_right_to_write_is_taken_away_for_a_while(
+    tiny_model: Path, tiny_feast: Path, tmp_path: Path, delivery: str
+) -> None:
+    """librdkafka then refuses rows at once, without a mark on the transaction."""
+    config = {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "allow.everyone.if.no.acl.found": "true",
+    }
+    with (
+        KafkaCluster(1, config=config) as cluster,
+        trial_on(cluster, tiny_model, tiny_feast, tmp_path) as make,
+    ):
+        trial = make(delivery)
+        trial.start()
+        topic = trial.env.topics["predictions"]
+        admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers})
+        somebody_else = (ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:else", "*")
+        right = AclBinding(*somebody_else, AclOperation.ALL, AclPermissionType.ALLOW)
+        admin.create_acls([right])[right].result(30)
+        trial.await_log("Unable to produce message|stopped by DeliveryError", 90)
+        given = AclBindingFilter(*somebody_else, AclOperation.ALL, AclPermissionType.ALLOW)
+        admin.delete_acls([given])[given].result(30)
+        trial.load.stop()
+        await_that(
+            lambda: (
+                not trial.flow.running or trial.answered() >= trial.load.sent - trial.read_before()
+            ),
+            "all is answered, or the flow has stopped",
+            120,
+        )
+        if not trial.flow.running:
+            trial.ends(f"stopped by DeliveryError: .*{topic}.*restart the flow")
+            trial.restart()
+        trial.finish()
 
 
 def test_transaction_timeout_above_the_brokers(one: Make) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from confluent_kafka import KafkaError, Message, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -226,7 +226,7 @@ def test_a_new_owner_fences_the_old_one(kafka: TestBroker, lives: list[Life]) ->
     lives.append(owner := Life(kafka, topic, states))
     owner.write(*names(0, 12))
     owner.snapshot()
-    with pytest.raises(DeliveryError, match=f"'test.{topic}.0'.*Another process writes"):
+    with pytest.raises(DeliveryError, match=f"'test/{topic}/0'.*Another process writes"):
         zombie.snapshot()  # … and comes to nothing
     with pytest.raises(DeliveryError, match="Another process writes"):
         zombie.write("tx99")
@@ -291,6 +291,26 @@ def test_partitions_may_be_added_only_when_nothing_is_open(
     else:
         with pytest.raises(StartupError, match="had 1 partitions and has 2, and 1 records"):
             second.snapshot()
+
+
+def test_added_partitions_are_refused_before_any_of_them_is_written_to(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    first.write("tx0")
+    states = first.snapshot()
+    first.write("tx1")
+    first.snapshot()
+    first.close()
+    admin = AdminClient(kafka.config)
+    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
+    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+    sink = KafkaSink(topic, kafka.config, delivery="exactly_once", owner="test")
+    with pytest.raises(StartupError, match="had 1 partitions and has 2, and 1 records"):
+        sink.refuse_moved_keys(states)
+    drained = {name: (*state[:1], 4, *state[2:]) for name, state in states.items()}
+    sink.refuse_moved_keys(drained)  # as of the end: tx0, its marker, tx1, its marker
 
 
 def delete_records(kafka: TestBroker, topic: str, before: int) -> None:
@@ -380,3 +400,104 @@ def test_a_transaction_that_fails_is_aborted_and_written_again(
     assert "is aborted and written again" in caplog.text
     assert ids(broker.read(topic))[-10:] == names(0, 10)
     assert sum(each.delivered for each in life.told) == 10
+
+
+class Refusing:
+    """A producer that does not take a row now and then, as librdkafka does when it has come to
+    think that the topic does not exist, or may not be written."""
+
+    def __init__(self, producer: Producer, refused: set[int]) -> None:
+        self._producer = producer
+        self._refused = refused
+        self._calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def produce(self, *arguments: Any) -> None:
+        self._calls += 1
+        if self._calls in self._refused:
+            raise KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+        self._producer.produce(*arguments)
+
+
+def refuse(life: Life, calls: set[int]) -> None:
+    (part,) = life.parts.values()
+    part._writer._producer = Refusing(part._writer._producer, calls)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("refused", [{1}, {3}, {10}, {4, 6}, {10, 11, 12}], ids=str)
+def test_rows_that_the_client_does_not_take_are_written_again(
+    kafka: TestBroker, lives: list[Life], caplog: pytest.LogCaptureFixture, refused: set[int]
+) -> None:
+    topic = kafka.topic("out", 1)
+    lives.append(life := Life(kafka, topic, transaction_s=60))
+    life.snapshot()
+    refuse(life, refused)
+    life.write(*names(0, 5))
+    life.write(*names(5, 10))
+    life.snapshot()
+    assert "is aborted and written again" in caplog.text
+    assert ids(read(kafka, topic, 10)) == names(0, 10)
+    assert sum(each.delivered for each in life.told) == 10
+
+
+def test_rows_that_the_client_never_takes_are_an_error(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    options: Any = {"transaction_s": 60, "config": {"message.timeout.ms": 1000}}
+    lives.append(life := Life(kafka, topic, **options))
+    states = life.snapshot()
+    refuse(life, set(range(3, 1000)))
+    life.write(*names(0, 5))
+    with pytest.raises(DeliveryError, match=r"did not take 5 record\(s\).*authorization"):
+        life.snapshot()
+    assert sum(each.delivered for each in life.told) == 0
+    lives.append(second := Life(kafka, topic, states))
+    second.write(*names(0, 5))
+    second.snapshot()
+    assert ids(read(kafka, topic, 5)) == names(0, 5)
+
+
+def test_a_foreign_open_transaction_does_not_hide_what_was_published(
+    kafka: TestBroker, lives: list[Life]
+) -> None:
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic)
+    states = first.snapshot()
+    foreign = Producer({**kafka.config, "transactional.id": f"foreign {topic}"})
+    foreign.init_transactions(30)
+    foreign.begin_transaction()
+    foreign.produce(topic, b"?", headers=[("event_id", b"?")])
+    foreign.flush(30)
+    first.write("tx0")
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic, states, startup_timeout_s=3))
+    second.write("tx0")
+    with pytest.raises(StartupError, match="a transaction of a foreign writer may be open"):
+        second.snapshot()
+    foreign.abort_transaction(30)
+    lives.append(third := Life(kafka, topic, states))
+    third.write("tx0")
+    third.snapshot()
+    assert ids(read(kafka, topic, 1)) == ["tx0"]
+
+
+@pytest.mark.parametrize("either_copy", [False, True])
+def test_two_events_with_one_id(kafka: TestBroker, lives: list[Life], either_copy: bool) -> None:
+    """A life answers one and is killed; the next one meets the other first."""
+    topic = kafka.topic("out", 1)
+    first = Life(kafka, topic, either_copy=either_copy)
+    states = first.snapshot()
+    first.write("tx1", origin="in/1", begin=3)
+    first.snapshot()
+    first.close()
+    lives.append(second := Life(kafka, topic, states, either_copy=either_copy))
+    second.write("tx1", origin="in/0", begin=7)
+    if not either_copy:  # else it is dropped as the second copy
+        second.write("tx1", origin="in/1", begin=3)
+    second.snapshot()
+    written = [dict(message.headers() or [])["origin"] for message in kafka.read(topic)]
+    assert written == ([b"in/1/3"] if either_copy else [b"in/1/3", b"in/0/7"])

@@ -190,6 +190,10 @@ def test_another_flows_or_versions_store_is_refused(
     (directory / "store.json").write_text("{")
     with pytest.raises(RecoveryError, match="store.json cannot be read"):
         prepare("metrics", processes=2)
+    older = msgspec.structs.replace(store.manifest, bytewax="0.20.1")
+    (directory / "store.json").write_bytes(msgspec.json.encode(older))
+    with pytest.raises(RecoveryError, match=r"made by Bytewax 0\.20\.1, .*: install 0\.20\.1, or"):
+        prepare("metrics", processes=2)
 
 
 def test_a_store_whose_parts_were_deleted_is_not_a_new_store(
@@ -453,8 +457,32 @@ def test_windows_of_another_view_or_version_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("offset", "said"),
+    [
+        (-1, "-1 is not an offset"),
+        (True, "the snapshot is bool"),
+        ("17", "the snapshot is str"),
+        ((17,), "the snapshot is tuple"),
+    ],
+)
+def test_an_input_offset_that_is_none_is_refused(
+    directory: Path, prepare: Callable[..., Store], offset: Any, said: str
+) -> None:
+    prepare()
+    plant(directory, "fraud.records", part_name("Transaction", 0), offset)
+    where = "part-0.sqlite3, step 'fraud.records', key 'Transaction/00000': "
+    with pytest.raises(RecoveryError, match=f"{where}{said}.* or name a new recovery directory"):
+        check(directory)
+
+
+@pytest.mark.parametrize(
     ("state", "said"),
-    [(5, "no format .int."), ((1, 5, 3), "format 1, this version reads 2"), ((2, 5), "no format")],
+    [
+        (5, "no format .int."),
+        ((1, 5, 3), "format 1, this version reads 3"),
+        ((2, 9, 1, b"x", "g"), "format 2"),
+        ((3, 5), "no format"),
+    ],
 )
 def test_an_output_partitions_state_of_another_version_is_refused(
     directory: Path, prepare: Callable[..., Store], state: Any, said: str
@@ -581,7 +609,7 @@ def test_what_a_killed_life_stored_of_its_last_epoch_is_discarded(
 ) -> None:
     prepare()
     part = directory / "part-0.sqlite3"
-    assert recovery.discard_open_epoch(directory) == 0
+    assert recovery.discard_open_epoch(directory, "exactly_once") == 0
     rows = [("f.a", "k1", 4), ("f.a", "k1", 5), ("f.b", "k2", 6), ("f.b", "k2", 4)]
     with closing(sqlite3.connect(part)) as connection, connection:
         connection.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (3, 2, 2)")
@@ -594,10 +622,10 @@ def test_what_a_killed_life_stored_of_its_last_epoch_is_discarded(
             "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) VALUES (?, ?, ?, NULL)",
             rows,
         )
-    assert recovery.discard_open_epoch(directory) == 2
+    assert recovery.discard_open_epoch(directory, "exactly_once") == 2
     left = [(row.step_id, row.key, row.epoch) for row in recovery.snapshots([part])]
     assert left == [("f.a", "k1", 4), ("f.b", "k2", 4)]
-    assert recovery.discard_open_epoch(directory) == 0
+    assert recovery.discard_open_epoch(directory, "exactly_once") == 0
 
 
 def test_nothing_is_discarded_where_parts_are_missing(directory: Path) -> None:
@@ -610,7 +638,13 @@ def test_nothing_is_discarded_where_parts_are_missing(directory: Path) -> None:
             "VALUES ('s', 'k', 9, NULL)"
         )
     (directory / "part-1.sqlite3").unlink()
-    assert recovery.discard_open_epoch(directory) == 0
+    for delivery in ("at_least_once", "at_most_once"):
+        assert recovery.discard_open_epoch(directory, delivery) == 0
+    with pytest.raises(
+        RecoveryError,
+        match=rf"{directory} \(1 of 2 parts\): .*move windows twice .*exactly_once.*one directory",
+    ):
+        recovery.discard_open_epoch(directory, "exactly_once")
     assert len(list(recovery.snapshots([part]))) == 1
 
 
@@ -626,5 +660,5 @@ def test_nothing_is_discarded_where_a_part_is_too_old(
             "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) "
             "VALUES ('s', 'k', 8, NULL)"
         )
-    assert recovery.discard_open_epoch(directory) == 0
+    assert recovery.discard_open_epoch(directory, "exactly_once") == 0
     assert len(list(recovery.snapshots([part]))) == 1

@@ -495,6 +495,13 @@ def predictions(batch: EventBatch, now_s: float = 1_600_000_001.0) -> tuple[OutR
     return out, [json.loads(value, parse_constant=refuse) for value in out.values]
 
 
+def test_the_size_of_a_prediction_is_judged_alike_however_late_it_is() -> None:
+    """A later life must not make a dead letter of what an earlier one has answered."""
+    rows = scored(featured(CENTS))
+    sizes = [predictions(rows, now_s=1_600_000_000.0 + s)[0].most_bytes() for s in (0, 1, 10**6)]
+    assert sizes[0].tolist() == sizes[1].tolist() == sizes[2].tolist()
+
+
 def test_a_prediction_is_this_json() -> None:
     out, found = predictions(scored(featured(CENTS)))
     common = {
