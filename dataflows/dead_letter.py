@@ -33,6 +33,8 @@ from dataflows.settings import Settings, SettingsError, load
 
 PREVIEW = 80
 """Characters of a key or value shown; payloads may be long, and private."""
+_PIPED_WIDTH = 1_000_000
+"""Columns where no terminal bounds them: a table is only as wide as what is in it."""
 
 
 def preview(content: bytes | None, limit: int | None = PREVIEW) -> str | None:
@@ -92,7 +94,8 @@ def _show(args: argparse.Namespace, settings: Settings, topic: str) -> None:
             preview(letter.key, limit) or "",
             preview(letter.value, limit) if letter.value is not None else "(tombstone)",
         )
-    console = Console(markup=False)
+    # Piped, the table keeps its columns instead of being cut at 80.
+    console = Console(markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     console.print(table)
     total = sum(counts.values())
     reasons = ", ".join(f"{reason or 'no reason'} {count}" for reason, count in counts.items())

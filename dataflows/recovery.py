@@ -183,9 +183,10 @@ def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int =
     directory = directory.absolute()
     _make_private(directory)
     with _writing(directory):
-        lock = _hold(directory, process, processes)
+        life = _executions(directory)
+        lock = _hold(directory, process, processes, life)
         try:
-            _refuse_others(directory, processes)
+            _refuse_others(directory, processes, life)
             with _locked(directory / ".create.lock"):
                 manifest = _create(directory, flow_id)
         except BaseException:
@@ -235,7 +236,21 @@ def _make_private(directory: Path) -> None:
         )
 
 
-def _hold(directory: Path, process: int, processes: int) -> int:
+def _executions(directory: Path) -> int:
+    """Return how many times the engine has begun on this store.
+
+    It begins when all processes of a cluster are there. So one that started when it was less is of
+    an earlier life; those that wait for each other have found the same.
+    """
+    begun = 0
+    for part in parts_of(directory):
+        with _open(part) as connection:
+            (newest,) = connection.execute("SELECT MAX(ex_num) FROM exs").fetchone()
+            begun = max(begun, 0 if newest is None else newest + 1)
+    return begun
+
+
+def _hold(directory: Path, process: int, processes: int, life: int) -> int:
     file = os.open(directory / f".process-{process}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + _SETTLES_S
     try:
@@ -262,24 +277,28 @@ def _hold(directory: Path, process: int, processes: int) -> int:
             "one that has"
         ) from None
     os.ftruncate(file, 0)
-    os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {processes}".encode(), 0)
+    os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {processes} {life}".encode(), 0)
     return file
 
 
 def _holder(file: int) -> str:
-    pid, host, _ = _who(file)
+    pid, host, _, _ = _who(file)
     return f"pid {pid} on {host}" if pid.isdecimal() else "another process"
 
 
-def _who(file: int) -> tuple[str, str, str]:
-    """Return what a lock file says: pid, host, number of processes of its cluster."""
+def _who(file: int) -> tuple[str, str, str, str]:
+    """Return what a lock file says: pid, host, number of processes of its cluster, its life."""
     words = os.pread(file, 300, 0).decode(errors="replace").split(" ")
-    pid, host, processes = (*words, "", "", "")[:3]
-    return pid, host, processes
+    pid, host, processes, life = (*words, "", "", "", "")[:4]
+    return pid, host, processes, life
 
 
-def _refuse_others(directory: Path, processes: int) -> None:
-    """Refuse to run beside a process of a cluster of another size, an earlier or a later one."""
+def _refuse_others(directory: Path, processes: int, life: int) -> None:
+    """Refuse to run beside a process of a cluster of another size, or of an earlier life.
+
+    A process that lives on for a while after another has died may still complete the epoch that
+    the successor of that one would discard.
+    """
     for path in directory.glob(".process-*.lock"):
         number = re.fullmatch(r"\.process-(\d+)\.lock", path.name)
         if number is None:
@@ -287,27 +306,29 @@ def _refuse_others(directory: Path, processes: int) -> None:
         file = os.open(path, os.O_RDWR)
         deadline = time.monotonic() + _SETTLES_S
         try:
-            while (size := _size_if_held(file)) is not None:
-                if int(number[1]) < processes and size == str(processes):
+            while (held := _if_held(file)) is not None:
+                size, since = held
+                if int(number[1]) < processes and held == (str(processes), str(life)):
                     break
                 # One that starts holds the lock before it has said what it is.
                 if time.monotonic() > deadline:
+                    other = "" if since == str(life) else ", of an earlier life"
                     raise RecoveryError(
                         f"the recovery directory {directory} is in use: {_holder(file)} still runs "
-                        f"as process {number[1]} of a cluster of {size or '?'} on it, and this one "
-                        f"has {processes}. Stop that one first"
+                        f"as process {number[1]} of a cluster of {size or '?'} on it{other}, and "
+                        f"this one has {processes}. Stop that one first"
                     )
                 time.sleep(_LOOK_AGAIN_S)
         finally:
             os.close(file)
 
 
-def _size_if_held(file: int) -> str | None:
-    """Return the size of the cluster whose process holds this lock; None: nobody does."""
+def _if_held(file: int) -> tuple[str, str] | None:
+    """Return the size and the life of the cluster whose process holds this lock; None: nobody."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _who(file)[2]
+        return _who(file)[2:]
     fcntl.flock(file, fcntl.LOCK_UN)
     return None
 

@@ -3,8 +3,9 @@
 Its own process, so that nothing on the screen delays it. It reads only what the stream carries:
 label and scenario stay in the parquet file. It sends everything up to the first transaction,
 waits for the line ``go`` on its standard input, then keeps its rate whatever the flow does (open
-loop), until the time is up, the data ends or its standard input closes. What it has sent so far
-goes to standard output, one JSON line at a time.
+loop), until the time is up, the data ends or its standard input closes. With --now it waits for
+nothing and leaves its standard input alone. What it has sent so far goes to standard output, one
+JSON line at a time.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, required=True, help="events/s")
     parser.add_argument("--duration", type=float, required=True, metavar="S")
     parser.add_argument("--bad-events", type=float, default=0.0, metavar="SHARE")
+    parser.add_argument("--now", action="store_true", help="start without being told to")
     options = parser.parse_args()
 
     refused: list[str] = []
@@ -164,7 +166,8 @@ def main() -> int:
             break
     producer.flush(30)
     say()
-    if sys.stdin.readline().strip() == "go":
+    listened_to = [] if options.now else [sys.stdin]
+    if options.now or sys.stdin.readline().strip() == "go":
         began = said = time.monotonic()
         before = sent.events
         for record in ahead:
@@ -173,7 +176,7 @@ def main() -> int:
             if now < due:
                 producer.poll(0)
                 # Whatever comes on standard input, or its end, means stop.
-                if select.select([sys.stdin], [], [], max(due - now, SLICE_S))[0]:
+                if select.select(listened_to, [], [], max(due - now, SLICE_S))[0]:
                     break
                 now = time.monotonic()
             sent.replayed_s = now - began

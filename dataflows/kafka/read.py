@@ -1,14 +1,19 @@
 """Print a topic's records as JSON lines, from its beginning to its end as of now.
 
-    python -m dataflows.kafka.read audit
+    python -m dataflows.kafka.read audit                  for programs
+    python -m dataflows.kafka.read --text predictions     for people, and jq
 
-One line a record: topic, partition, offset, append_time (ms), key and value (base64, or null).
+One line a record: topic, partition, offset, append_time (ms), key and value (base64, or null). With
+--text key and value are text, a value that is a JSON object is nested as it is, and headers
+(`{"name": …, "value": …}`, in order, null if they cannot be read) are shown too; what is not UTF-8
+is base64, and says so in its name: key_base64, value_base64.
 Records of one partition come in order. Only committed ones are read.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +22,7 @@ from typing import Any
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from dataflows.kafka.dead_letter import read_headers
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
 
@@ -56,6 +62,39 @@ def read_topic(
         consumer.close()
 
 
+def readable(message: Message) -> dict[str, Any]:
+    """Return key, headers and value as a person would read them; see the module's docstring.
+
+    >>> record = Message(key=b"C1", value=b'{"score": 0.10}', headers=[("id", b"\\xff")])
+    >>> print(msgspec.json.encode(readable(record)).decode())
+    {"key":"C1","headers":[{"name":"id","value_base64":"/w=="}],"value":{"score":0.10}}
+    """
+    headers = read_headers(message)
+    value = message.value()
+    nested = None if value is None else _json_object(value)
+    return {
+        **_text("key", message.key()),
+        "headers": headers and [{"name": name, **_text("value", held)} for name, held in headers],
+        **(_text("value", value) if nested is None else {"value": nested}),
+    }
+
+
+def _text(name: str, content: bytes | None) -> dict[str, str | None]:
+    try:
+        return {name: None if content is None else content.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(content or b"").decode()}
+
+
+def _json_object(content: bytes) -> msgspec.Raw | None:
+    """Return a JSON object on one line, its numbers as they were written; None if it is none."""
+    try:
+        msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return msgspec.Raw(msgspec.json.format(content, indent=-1))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
     parser = argparse.ArgumentParser(
@@ -64,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("topic")
+    parser.add_argument(
+        "--text", action="store_true", help="text and nested JSON instead of base64, with headers"
+    )
     parser.add_argument(
         "--bootstrap-servers",
         default=os.environ.get("KAFKA_BOOTSTRAP_SERVERS"),
@@ -82,9 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "partition": message.partition(),
                 "offset": message.offset(),
                 "append_time": message.timestamp()[1],
-                "key": message.key(),
-                "value": message.value(),
             }
+            line |= (
+                readable(message)
+                if options.text
+                else {"key": message.key(), "value": message.value()}
+            )
             sys.stdout.buffer.write(encode(line) + b"\n")
     except (StartupError, KafkaException) as error:
         print(f"dataflows.kafka.read: {error}", file=sys.stderr)

@@ -5,7 +5,8 @@ replay does not send it again. A group's commit is one offset per partition, but
 leaves gaps; so the committed offset is that of the first dead letter still to be dealt with, and
 the commit's metadata lists the ranges after it that are done.
 
-A replay that dies between a delivery and its commit sends up to `COMMIT_EVERY` records again.
+A replay that dies between a delivery and its commit sends up to `COMMIT_EVERY` records again; one
+whose delivery was not confirmed may have arrived, and is sent again too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ from dataflows.kafka.dead_letter import (
 )
 from dataflows.kafka.records import Header
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
+from dataflows.kafka.writer import timeout_s as delivery_timeout_s
 
 COMMIT_EVERY = 500
 _MAX_METADATA_BYTES = 4_000  # brokers take 4096 (offset.metadata.max.bytes)
@@ -217,7 +220,12 @@ def read_dead_letters(
         count = partition_counts(consumer, config, [topic], timeout_s=timeout_s)[topic]
         for partition in range(count):
             asked = TopicPartition(topic, partition)
-            low, high = consumer.get_watermark_offsets(asked, timeout=timeout_s)
+            try:
+                low, high = consumer.get_watermark_offsets(asked, timeout=timeout_s)
+            except KafkaException as error:
+                raise ReplayError(
+                    f"reading {topic}/{partition} failed: {error.args[0].str()}"
+                ) from error
             first = max(low, (start or {}).get(partition, low))
             for message in _records(consumer, topic, partition, first, high, timeout_s):
                 yield DeadLetter.of(message)
@@ -268,7 +276,7 @@ class Replay:
     """What a replay did, or with ``dry_run`` would do.
 
     Attributes:
-        sent: dead letters sent back, by reason.
+        sent: dead letters whose original is on the brokers again, by reason.
         done_before: dead letters that an earlier replay had sent.
         impossible: those that cannot be sent back, each with the cause.
     """
@@ -309,9 +317,12 @@ def replay(
         ReplayError: Reading or sending failed. What was delivered is remembered.
     """
     result = Replay()
-    producer = Producer(
-        {"message.timeout.ms": 60_000, **producer_config, "enable.idempotence": True}
-    )
+    producer_config = {
+        "message.timeout.ms": 60_000,
+        **producer_config,
+        "enable.idempotence": True,
+    }
+    producer = Producer(producer_config)
     with (
         closing(_consumer(consumer_config, group_id)) as memory,
         closing(_consumer(consumer_config, "dead-letter-originals")) as originals,
@@ -321,23 +332,31 @@ def replay(
         for partition, offset in (start or {}).items():
             if partition in progress:
                 progress[partition] = Progress(offset)
-        sender = _Sender(producer, memory, topic, progress)
+        within_s = delivery_timeout_s(producer_config)
+        sender = _Sender(producer, memory, topic, progress, within_s)
         first = {partition: each.offset for partition, each in progress.items()}
-        for letter in read_dead_letters(topic, consumer_config, start=first, timeout_s=timeout_s):
-            if reason is not None and letter.reason != reason:
-                continue
-            if progress[letter.partition].is_done(letter.offset):
-                result.done_before += 1
-                continue
-            try:
-                whole = _restored(letter, originals, timeout_s)
-            except _CannotReplay as problem:
-                result.impossible.append((letter, str(problem)))
-                continue
-            if not dry_run:
-                sender.send(whole)
-            result.sent[letter.reason] = result.sent.get(letter.reason, 0) + 1
+        letters = read_dead_letters(topic, consumer_config, start=first, timeout_s=timeout_s)
+        try:
+            for letter in letters:
+                if reason is not None and letter.reason != reason:
+                    continue
+                if progress[letter.partition].is_done(letter.offset):
+                    result.done_before += 1
+                    continue
+                try:
+                    whole = _restored(letter, originals, timeout_s)
+                except _CannotReplay as problem:
+                    result.impossible.append((letter, str(problem)))
+                    continue
+                if dry_run:
+                    result.sent[letter.reason] = result.sent.get(letter.reason, 0) + 1
+                else:
+                    sender.send(whole)
+        except ReplayError:
+            sender.commit()  # what was taken before reading failed
+            raise
         sender.commit()
+    result.sent.update(sender.delivered)
     return result
 
 
@@ -414,16 +433,28 @@ def _is_original(letter: DeadLetter, record: Message) -> bool:
 
 
 class _Sender:
-    """Produce the originals; remember those that were delivered."""
+    """Produce the originals; remember those that were delivered, and no others.
+
+    Attributes:
+        delivered: how many were, by reason.
+    """
 
     def __init__(
-        self, producer: Producer, memory: Consumer, topic: str, progress: dict[int, Progress]
+        self,
+        producer: Producer,
+        memory: Consumer,
+        topic: str,
+        progress: dict[int, Progress],
+        within_s: float,
     ) -> None:
+        self.delivered: Counter[str] = Counter()
         self._producer = producer
         self._memory = memory
         self._topic = topic
         self._progress = progress
+        self._within_s = within_s
         self._pending = 0
+        self._arrived = 0  # of the pending
         self._failed: list[str] = []
 
     def send(self, letter: DeadLetter) -> None:
@@ -431,6 +462,8 @@ class _Sender:
             del message
             if error is None:
                 self._progress[letter.partition].mark(letter.offset)
+                self.delivered[letter.reason] += 1
+                self._arrived += 1
             else:
                 self._failed.append(f"{letter.partition}/{letter.offset}: {error.str()}")
 
@@ -451,10 +484,24 @@ class _Sender:
             self.commit()
 
     def commit(self) -> None:
+        """Wait until each has arrived or failed; remember, and raise for those that did not."""
         if not self._pending:
             return
-        self._producer.flush(90)
-        self._pending = 0
+        self._producer.flush(self._within_s)
+        arrived, lost = self._arrived, self._pending - self._arrived
+        self._pending = self._arrived = 0
+        if arrived:
+            self._remember()
+        if lost:
+            unanswered = f"the brokers have not answered within {self._within_s:g} s"
+            why = f"the first at {self._failed[0]}" if self._failed else unanswered
+            raise ReplayError(
+                f"{lost} dead letters could not be sent back ({why}); {self.delivered.total()} "
+                "were, and are remembered. See to the brokers, then run the replay again for the "
+                "rest"
+            )
+
+    def _remember(self) -> None:
         offsets = [
             TopicPartition(self._topic, partition, each.offset, metadata=each.metadata())
             for partition, each in self._progress.items()
@@ -466,11 +513,6 @@ class _Sender:
                 "records were sent back, but the brokers did not take the note of it "
                 f"({error.args[0].str()}): the next replay sends them again"
             ) from error
-        if self._failed:
-            raise ReplayError(
-                f"{len(self._failed)} records could not be sent back, the first at "
-                f"{self._failed[0]}. What was delivered is remembered; run the replay again"
-            )
 
 
 def parse_start(texts: Sequence[str], partitions: int) -> dict[int, int]:

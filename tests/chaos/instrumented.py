@@ -141,7 +141,7 @@ def _forget_what_is_pending() -> None:
 
 def flow() -> Dataflow:
     """Return the flow; ``bytewax.run`` calls this."""
-    _hold_after(tail, "_published", "tail_scan")
+    _hold_after(tail, "_read", "tail_scan")
     _hold_when_written()
     _hold_after(sink._SinkPartition, "snapshot", "committed")
     _hold_after(windows._ShardLogic, "snapshot", "snapshot")

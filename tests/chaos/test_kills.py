@@ -71,6 +71,7 @@ def test_a_tail_outlives_an_epoch(make_run: MakeRun, off: str) -> None:
     """What one life published in one epoch, the next one may need several to come by again."""
     run = make_run(Setting("exactly_once"), random.Random(SEED), off=off)
     # A backlog is published in one epoch, and the epoch lost.
+    await_that(lambda: run.load.sent > 4000, "a backlog", 60)
     run.kill(Kill("committed", nth=1, victim=0, all=False, after_s=0, early=False))
     lost = run.reader.ends([run.topics["audit"]])
     # Slowly now: some epochs are stored that hold a part of it each.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dataflows.kafka.dev_broker import DevBroker
+from dataflows.kafka.read import read_topic
 from tests.conftest import CACHE
 from tests.integration.conftest import await_that
 
@@ -162,3 +164,19 @@ def test_a_flow_that_dies_is_named_with_its_log(demos) -> None:
     assert "the flow ended by itself with -9" in said
     assert str(HOME / "flow.log") in said
     assert not alive(others)
+
+
+def test_events_can_be_sent_without_the_screen(dev_broker: DevBroker, handbook_dir: Path) -> None:
+    for topic in ("transactions", "fraud_reports"):
+        dev_broker.create_topic(topic, 2)
+    ran = subprocess.run(
+        [sys.executable, "-m", "dataflows.demo.replay", "--now",
+         "--bootstrap-servers", dev_broker.bootstrap_servers, "--handbook", str(handbook_dir),
+         "--start", "1524355200000", "--rate", "200", "--duration", "1"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    sent = json.loads(ran.stdout.splitlines()[-1])
+    assert sent["done"]
+    assert sent["transactions"] > 20  # not only the first
+    servers = {"bootstrap.servers": dev_broker.bootstrap_servers}
+    assert sum(1 for _ in read_topic("transactions", servers)) == sent["transactions"]

@@ -1,18 +1,22 @@
 """Refused records go to the dead-letter topic and come back with the command."""
 
 import ctypes
+import itertools
 import json
-from typing import Any
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import pytest
 from bytewax import operators as op
 from bytewax.dataflow import Dataflow
 from bytewax.testing import TestingSource, run_main
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, Message, Producer
 
 from dataflows.dead_letter import main
+from dataflows.kafka import replay
 from dataflows.kafka.dead_letter import dead_letters
-from dataflows.kafka.dev_broker import _librdkafka
+from dataflows.kafka.dev_broker import DevBroker, _librdkafka
 from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, output
 from tests.bad_input import APPENDED, transaction, wire
@@ -98,6 +102,11 @@ def test_list_shows_what_was_refused_and_no_long_payload(
     assert "1 dead letters" in table
     assert "invalid_json" not in table
 
+    assert topics.run("list") == 0  # to a pipe: nothing is cut but payloads
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "k3" in line]
+    for cell in ("invalid_json", "why", f"{topics.events}/1/1", "y" * 80 + "…"):
+        assert cell in row
+
 
 def test_replay_sends_each_original_back_once(topics: Topics) -> None:
     originals = topics.broker.read(topics.events)
@@ -123,6 +132,85 @@ def test_replay_by_reason_leaves_the_others_for_later(topics: Topics) -> None:
     assert len(topics.back()) == 5
     assert topics.run(*replay_arguments(topics, "--from", "0")) == 0
     assert len(topics.back()) == 10
+
+
+class Outage(Producer):
+    """Two records arrive, and then no more; each of the others is said to have failed, or not."""
+
+    waits_s: ClassVar[list[float]] = []
+    says: ClassVar[KafkaError | None] = None
+
+    def produce(self, *args: Any, on_delivery: Any, **named: Any) -> None:
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken <= 2:
+            super().produce(*args, on_delivery=on_delivery, **named)
+        elif self.says is not None:
+            on_delivery(self.says, None)
+
+    def flush(self, timeout: float) -> int:  # type: ignore[override]
+        self.waits_s.append(timeout)
+        return super().flush(timeout) + (0 if self.says else self.taken - 2)
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (None, "the brokers have not answered within 125 s"),
+        (KafkaError(KafkaError._MSG_TIMED_OUT), "the first at .*: Local: Message timed out"),
+    ],
+)
+def test_what_was_not_delivered_is_said_and_left_for_the_next_replay(
+    topics: Topics,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    says: KafkaError | None,
+    why: str,
+) -> None:
+    monkeypatch.setenv("MESSAGE_TIMEOUT_S", "120")
+    monkeypatch.setattr(Outage, "says", says)
+    monkeypatch.setattr(Outage, "waits_s", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "Producer", Outage)
+        assert topics.run(*replay_arguments(topics)) == 2
+    said = capsys.readouterr()
+    lost = r"(?s)[13] dead letters could not be sent back \({}\); 2 were, .*run the replay again"
+    assert re.search(lost.format(why), said.err), said.err
+    assert "sent back" not in said.out
+    assert Outage.waits_s == [125.0]  # as long as the producer tries, and some more
+    assert len(topics.back()) == 2
+
+    assert topics.run(*replay_arguments(topics)) == 0
+    assert "3 dead letters were sent back" in capsys.readouterr().out
+    assert len(topics.back()) == 5
+
+
+def test_what_was_sent_before_reading_failed_is_remembered(
+    topics: Topics, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = replay.read_dead_letters
+
+    def failing(*args: Any, **named: Any) -> Iterator[DeadLetter]:
+        yield from itertools.islice(read(*args, **named), 3)
+        raise replay.ReplayError("reading failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "read_dead_letters", failing)
+        assert topics.run(*replay_arguments(topics)) == 2
+    assert "reading failed" in capsys.readouterr().err
+    assert topics.run(*replay_arguments(topics)) == 0
+    assert "2 dead letters were sent back" in capsys.readouterr().out
+    assert len(topics.back()) == 5
+
+
+def test_an_outage_while_reading_is_said(dev_broker: DevBroker) -> None:
+    broker = TestBroker(dev_broker.bootstrap_servers, dev_broker)
+    topic = broker.topic("dead_letters", 2)
+    broker.produce(topic, [(0, None, b"a")])
+    letters = replay.read_dead_letters(topic, broker.config, timeout_s=1.0)
+    assert next(letters).value == b"a"
+    dev_broker.broker_down()
+    with pytest.raises(replay.ReplayError, match=f"reading {topic}/1 failed: "):
+        next(letters)
 
 
 def test_what_cannot_be_restored_is_said_and_nothing_else_is_sent_for_it(
