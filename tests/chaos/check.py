@@ -216,9 +216,18 @@ def _features(facts: Facts, verdict: Verdict, answered: Mapping[str, _Origin]) -
             differ.append(f"{key} {found}")
         if (audited["topic"], audited["partition"], audited["offset"]) != answered[key]:
             elsewhere.append(key)
+    scores = dict(map(_scored, facts.of("audit")))
+    predicted = map(_scored, facts.of("predictions"))
+    other_scores = [key for key, score in predicted if key in scores and scores[key] != score]
+    verdict.against("predictions have another score than was audited", other_scores)
     verdict.terminals = len(facts.of("audit")) if facts.together else 0
     verdict.against("audit records differ from the offline replay", differ)
     verdict.against("audit records are not of the event that came first", elsewhere)
+
+
+def _scored(record: Record) -> tuple[str, float | None]:
+    body = json.loads(record.value or b"")
+    return body["transaction_id"], body["score"]
 
 
 def replayed(sent: Sequence[Item], state: Path) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ def good(window_state: Path) -> Facts:
     predictions, audit = [], []
     for n in range(COUNT):
         header: dict[str, bytes | None] = {"event_id": b"t%d" % n}
-        body: dict[str, object] = {"transaction_id": f"t{n}"}
+        body: dict[str, object] = {"transaction_id": f"t{n}", "score": n / 100}
         origin = {"origin": b"transactions/0/%d" % n}
         predictions.append(Record("predictions", 0, n, json.dumps(body).encode(), header | origin))
         values = np.frombuffer(vectors[f"t{n}"]).tolist()
@@ -121,6 +121,7 @@ def test_a_good_run_is_good(good: Facts) -> None:
         (changed("dead_letters", 0, b"no", b"on"), "dead letters are not the record refused"),
         (changed("audit", 5, b'"amount": 10.5', b'"amount": 10.500000000000002'), "t5 ['amount']"),
         (changed("audit", 5, b'"offset": 5', b'"offset": 6'), "audit records are not of the event"),
+        (changed("predictions", 5, b"0.05", b"0.5"), "predictions have another score than was aud"),
         (moved("predictions", 5, b"transactions/1/5"), "predictions are not of the event that"),
     ],
 )  # fmt: skip
