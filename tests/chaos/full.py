@@ -140,6 +140,6 @@ all within replayed epochs. *Lost, doubled or wrong* is judged by a reader of co
 that shares no code with the flow: every event has a prediction and an audit record, every other \
 record a dead letter; exactly one each (exactly once), or again only within replayed epochs and \
 never twice in one life (at least once); every feature of every audit record, repeated ones too, \
-equals the offline replay's bit for bit{but}; its prediction has the audited score; and what came in equals
-what went out.
+equals the offline replay's bit for bit{but}; its prediction has the audited score; and what came \
+in equals what went out.
 """
