@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 
 from benchmarks import plots, state
-from benchmarks.flow import Drained, Steady, ceiling, drain, steady
+from benchmarks.flow import BARE, Drained, Steady, drain, steady
 from benchmarks.harness import RESULTS, Bench, bench, machine
 from benchmarks.instrumented import Stages
 from benchmarks.load import KEYS
@@ -64,7 +64,8 @@ def throughput(on: Bench, report: Report, options: argparse.Namespace) -> None:
     rows: list[list[object]] = []
     ratios, rates = [], []
     for _ in range(options.runs):
-        top = ceiling(on, options.events)
+        bare = drain(on, BARE, options.events)
+        top = bare.rate
         found: dict[str, Drained] = {}
         for delivery in (LEAST, ONCE):
             each = found[delivery] = drain(on, delivery, options.events)
@@ -73,7 +74,10 @@ def throughput(on: Bench, report: Report, options: argparse.Namespace) -> None:
                 [delivery, f"{each.rate:,.0f}", f"{each.rate / top:.2f}", f"{each.cpu_us:.1f}",
                  f"{each.peak_mb:,.0f}", f"{usd:.4f}"]
             )  # fmt: skip
-        rows.append(["bare consume → produce", f"{top:,.0f}", "1", "", "", ""])
+        rows.append(
+            ["bare consume → produce", f"{top:,.0f}", "1", f"{bare.cpu_us:.1f}",
+             f"{bare.peak_mb:,.0f}", ""]
+        )  # fmt: skip
         ratios.append(found[LEAST].rate / top)
         rates.append(found[LEAST].rate)
     report.section(
@@ -121,6 +125,7 @@ def latency(on: Bench, report: Report, options: argparse.Namespace) -> None:
             break
     bursts = steady(on, LEAST, 10_000, options.seconds, burst=3)
     once = steady(on, ONCE, 10_000, options.seconds)
+    bare = steady(on, BARE, 10_000, options.seconds)
 
     def row(name: str, each: Steady) -> list[object]:
         numbers = [f"{each.ms(p):,.1f}" for p in PERCENTILES]
@@ -138,6 +143,7 @@ def latency(on: Bench, report: Report, options: argparse.Namespace) -> None:
                 *(row(f"{each.rate:,.0f}", each) for each in found),
                 row("10,000, bursts of 30,000", bursts),
                 row("10,000, exactly-once", once),
+                row("10,000, the bare loop", bare),
             ],
         ),
         "",

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import psutil
-from confluent_kafka import Consumer, Producer, TopicPartition
 from hdrh.histogram import HdrHistogram
 
-from benchmarks.harness import PARTITIONS, Bench, Run, published, reader, receive
+from benchmarks.harness import Bench, Run, published, reader, receive
 from benchmarks.instrumented import Stages
 
 #: Histograms count tenths of a millisecond, up to an hour, to three digits.
 UNITS_PER_MS = 10
 MOST_UNITS = 36_000_000
-_LOOK_EVERY_S = 0.05
+#: In place of a guarantee: the bare loop instead of the flow.
+BARE = "bare"
+_LOOK_EVERY_S = 0.02
 _ID = re.compile(rb'"transaction_id":"([^"]+)"')
 _EVENT_TIME = re.compile(rb'"event_time":(\d+)')
 
@@ -70,7 +71,7 @@ def drain(
     stages: bool = False,
     **more: str,
 ) -> Drained:
-    """Score a backlog of `count` events.
+    """Score a backlog of `count` events; with `BARE` as `delivery` the bare loop passes it on.
 
     How far it is, is what the broker says of the ends of the partitions: a reader beside the flow
     would take a quarter of a core from it. Afterwards every prediction is read and counted.
@@ -78,7 +79,7 @@ def drain(
     run = on.run(delivery)
     run.load(count, keys=keys).wait()
     with reader(run) as consumer:
-        process = run.start(**_flow(run, stages), **more)
+        process = _start(run, stages, more)
         times, counts = [], [0]
         deadline = time.monotonic() + 600
         with watched(process) as usage:
@@ -98,11 +99,14 @@ def drain(
     return Drained(rate, usage.cpu_s / count * 1e6, usage.peak_mb, _stages(run, stages))
 
 
-def _flow(run: Run, stages: bool) -> dict[str, str]:
+def _start(run: Run, stages: bool, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    if run.delivery == BARE:
+        return run.start_bare()
     if not stages:
-        return {}
+        return run.start(**variables)
     run.folder.mkdir(exist_ok=True)
-    return {"flow": "benchmarks.instrumented", "BENCH_STAGES": str(run.folder / "stages.json")}
+    file = str(run.folder / "stages.json")
+    return run.start(flow="benchmarks.instrumented", BENCH_STAGES=file, **variables)
 
 
 def _stages(run: Run, stages: bool) -> Stages | None:
@@ -154,7 +158,7 @@ def steady(
     histogram = HdrHistogram(1, MOST_UNITS, 3)
     at_ms: list[np.ndarray] = []
     late_ms: list[np.ndarray] = []
-    process = run.start(**_flow(run, stages), **more)
+    process = _start(run, stages, more)
     with reader(run) as consumer:
         consumer.consume(1, 1.0)
         with watched(process) as usage:
@@ -174,38 +178,3 @@ def steady(
     drift = float(np.median(late[quarter == 3]) / np.median(late[quarter == 1]))
     cpu_us = usage.cpu_s / count * 1e6
     return Steady(rate, histogram, cpu_us, usage.peak_mb, drift, _stages(run, stages))
-
-
-def ceiling(on: Bench, count: int) -> float:
-    """Return events/s of a bare consume → produce loop over the same number of partitions."""
-    run = on.run("ceiling")
-    run.load(count).wait()
-    topic, out = run.topics["transactions"], run.topics["predictions"]
-    address = {"bootstrap.servers": on.cluster.bootstrap_servers}
-    consumer = Consumer(
-        {**address, "group.id": "ceiling", "enable.auto.commit": False,
-         "fetch.queue.backoff.ms": 2, "fetch.wait.max.ms": 10}
-    )  # fmt: skip
-    producer = Producer(
-        {**address, "enable.idempotence": True, "linger.ms": 1,
-         "queue.buffering.max.messages": 1_000_000}
-    )  # fmt: skip
-    consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS["transactions"])])
-    seen, first, began = 0, 0, 0.0
-    while seen < count:
-        messages = [m for m in consumer.consume(1024, 0.1) if m.error() is None]
-        if seen < count / 10 <= seen + len(messages):
-            first, began = seen + len(messages), time.perf_counter()
-        seen += len(messages)
-        for message in messages:
-            while True:
-                try:
-                    producer.produce(out, message.value(), message.key(), message.partition())
-                    break
-                except BufferError:
-                    producer.poll(0.01)
-        producer.poll(0)
-    producer.flush(60)
-    took = time.perf_counter() - began
-    consumer.close()
-    return (count - first) / took

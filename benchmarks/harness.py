@@ -98,6 +98,17 @@ class Run:
             raise SystemExit(f"the flow did not start:\n{self.text(before)[-3000:]}")
         return process
 
+    def start_bare(self) -> subprocess.Popen[bytes]:
+        """Start the bare loop in place of the flow; return when it reads."""
+        self.folder.mkdir(exist_ok=True)
+        arguments = ["--bootstrap-servers", self.bench.cluster.bootstrap_servers]
+        arguments += ["--source", self.topics["transactions"], "--sink", self.topics["predictions"]]
+        arguments += ["--partitions", str(PARTITIONS["transactions"])]
+        process = self.bench.guard.start("benchmarks.bare", arguments, log=self.log)
+        self.processes.append(process)
+        await_that(lambda: "reading" in self.text() or process.poll() is not None)
+        return process
+
     @property
     def log(self) -> Path:
         return self.folder / "flow.log"

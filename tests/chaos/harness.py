@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from dataflows.settings import Settings
 from tests.chaos import check
 from tests.chaos.load import Item, Load, with_trouble
-from tests.chaos.reader import Reader, resume_offsets
+from tests.chaos.reader import Place, Reader, resume_offsets
 from tests.integration.flow import PARTITIONS, ROOT
 from tests.kafka.client import TestBroker
 
@@ -322,29 +322,29 @@ class Run:
             self.load.stop()
         self.reader.close()
 
-    def _await_silence(self) -> None:
+    def _await_silence(self) -> dict[Place, int]:
         """Wait until nothing of an earlier life is under way to the brokers: a slow one may still
-        have a killed process's last requests before it."""
+        have a killed process's last requests before it. Return where the outputs end."""
         outputs = [self.topics[name] for name in OUTPUTS]
         ends = self.reader.ends(outputs)
         while True:
             time.sleep(0.5)
             before, ends = ends, self.reader.ends(outputs)
             if ends == before:
-                return
+                return ends
 
-    def note_life(self) -> None:
-        """Note where this life goes on, and where its outputs will begin; before it writes."""
-        outputs = [self.topics[name] for name in OUTPUTS]
+    def note_life(self, ends: dict[Place, int]) -> None:
+        """Note where this life goes on reading, and where its outputs begin: the ends before it was
+        started, for it may have written before they could be asked for."""
         self._newest.append(self.load.stream_time)
-        self.lives.append(check.Life(resume_offsets(self.flow.recovery), self.reader.ends(outputs)))
+        self.lives.append(check.Life(resume_offsets(self.flow.recovery), ends))
 
     def start(self, hold: str = "", at: Sequence[int] = ()) -> None:
         """Start a life."""
-        self._await_silence()
+        ends = self._await_silence()
         self.flow.start(hold, at)
         self.flow.wait(lambda process: process.says('"starting"'), "it starts", any=True)
-        self.note_life()
+        self.note_life(ends)
 
     def kill(self, kill: Kill) -> None:
         """Live one life, and kill it."""
@@ -361,14 +361,14 @@ class Run:
                 kill = replace(kill, nth=1)
         self.kills.append(kill)
         if kill.point == "random" and kill.early and not self.flow.running:
-            self._await_silence()
+            ends = self._await_silence()
             self.flow.start()
             deadline = time.monotonic() + kill.after_s
             try:
                 self.flow.wait(
                     lambda process: process.says('"starting"'), "", any=True, timeout_s=kill.after_s
                 )
-                self.note_life()
+                self.note_life(ends)
                 self.flow.live(deadline - time.monotonic())
             except Broken as error:
                 if not str(error).startswith("not within"):
