@@ -172,8 +172,9 @@ class IdempotentWriter:
         self._latencies_s.clear()
         latency_ms += self._take_sent(len(latency_ms))
         if self._last is not None:
-            self.next_offset = (self._last.offset() or 0) + 1
-            self._last = None
+            offset, self._last = self._last.offset(), None
+            if offset is not None and offset >= 0:  # a retry of what the broker has does not tell
+                self.next_offset = offset + 1
         return Delivery(self._topic, len(latency_ms), latency_ms[latency_ms > UNKNOWN])
 
     def _take_sent(self, count: int) -> npt.NDArray[np.float64]:
