@@ -118,6 +118,11 @@ def _take_away_fencing() -> None:
         original(self, *args, transactional_id=f"{transactional_id}.{uuid.uuid4().hex}", **named)
 
     TransactionalWriter.__init__ = unfenced  # type: ignore[method-assign]
+    # Otherwise the new owner would wait for the zombie's transaction, as for a foreign writer's.
+    read = tail.read_tail
+    sink.read_tail = lambda *args, **named: read(  # type: ignore[attr-defined]
+        *args, **{**named, "fenced": False}
+    )
 
 
 def _take_away_tail_scan() -> None:
