@@ -183,8 +183,7 @@ def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int =
     directory = directory.absolute()
     _make_private(directory)
     with _writing(directory):
-        life = _executions(directory)
-        lock = _hold(directory, process, processes, life)
+        lock, life = _hold(directory, process, processes)
         try:
             _refuse_others(directory, processes, life)
             with _locked(directory / ".create.lock"):
@@ -250,7 +249,8 @@ def _executions(directory: Path) -> int:
     return begun
 
 
-def _hold(directory: Path, process: int, processes: int, life: int) -> int:
+def _hold(directory: Path, process: int, processes: int) -> tuple[int, int]:
+    """Lock the directory for this process, and say so in the lock; return it, and its life."""
     file = os.open(directory / f".process-{process}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + _SETTLES_S
     try:
@@ -276,9 +276,14 @@ def _hold(directory: Path, process: int, processes: int, life: int) -> int:
             f"{directory}: this file system has no locks ({error.strerror}); name a directory on "
             "one that has"
         ) from None
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {processes} {life}".encode(), 0)
-    return file
+    try:
+        life = _executions(directory)  # not before it is held: an earlier life may begin
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} {socket.gethostname()} {processes} {life}".encode(), 0)
+    except BaseException:
+        os.close(file)
+        raise
+    return file, life
 
 
 def _holder(file: int) -> str:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from confluent_kafka import (
@@ -147,6 +148,8 @@ class Progress:
     (6, '8-9,12')
     >>> Progress.of(6, "8-9,12").is_done(9), progress.is_done(7)
     (True, False)
+    >>> progress.skip(6, 8); progress.skip(10, 12); progress.offset
+    13
     """
 
     offset: int
@@ -178,6 +181,15 @@ class Progress:
         while self.offset in self.done:
             self.done.remove(self.offset)
             self.offset += 1
+
+    def skip(self, first: int, end: int) -> None:
+        """Note that offsets in [first, end) hold no dead letter: the ends of transactions."""
+        if first <= self.offset:
+            self.offset = max(self.offset, end)
+            self.done = {offset for offset in self.done if offset >= self.offset}
+            self.mark(self.offset - 1)  # what follows it may be done
+        else:
+            self.done.update(range(first, end))
 
     def metadata(self) -> str:
         """Return the ranges done after `offset`, as a commit carries them."""
@@ -336,8 +348,11 @@ def replay(
         sender = _Sender(producer, memory, topic, progress, within_s)
         first = {partition: each.offset for partition, each in progress.items()}
         letters = read_dead_letters(topic, consumer_config, start=first, timeout_s=timeout_s)
+        read = dict(first)  # partition → the offset after the last dead letter that was read
         try:
             for letter in letters:
+                progress[letter.partition].skip(read[letter.partition], letter.offset)
+                read[letter.partition] = letter.offset + 1
                 if reason is not None and letter.reason != reason:
                     continue
                 if progress[letter.partition].is_done(letter.offset):
@@ -468,15 +483,21 @@ class _Sender:
                 self._failed.append(f"{letter.partition}/{letter.offset}: {error.str()}")
 
         headers: list[Any] = [*letter.headers, (REPLAYED, b"%d" % (letter.replayed + 1))]
+        produce = partial(
+            self._producer.produce,
+            letter.topic,
+            letter.value,
+            letter.key,
+            letter.source_partition,
+            on_delivery=delivered,
+            headers=headers,
+        )
         try:
-            self._producer.produce(
-                letter.topic,
-                letter.value,
-                letter.key,
-                letter.source_partition,
-                on_delivery=delivered,
-                headers=headers,
-            )
+            try:
+                produce()
+            except BufferError:
+                self.commit()  # which makes room
+                produce()
         except KafkaException as error:
             self._failed.append(f"{letter.partition}/{letter.offset}: {error.args[0].str()}")
         self._pending += 1

@@ -61,6 +61,7 @@ SinkState: TypeAlias = tuple[int, int, int, bytes, str]
 _FORMAT = 3
 _KEYLESS = 2  # format in which what is pending was known without its key
 _TELL_EVERY_S = 0.02
+_BATCH_BYTES = 1_000_000  # librdkafka's default
 _LEAST_RECORD_BYTES = 4096  # a dead letter without its record, and room
 _logger = logging.getLogger(__name__)
 
@@ -176,28 +177,32 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
     ) -> _SinkPartition:
         """Build the writer of one partition; StartupError if the state is of another format."""
         partition = int(for_part.rpartition("/")[2])
-        start, count, pending, owner = None, self.partitions, b"", self._owner
+        start, count, pending, owner, between = None, self.partitions, b"", self._owner, "/"
         if resume_state is not None:
             try:
-                _, start, count, pending, owner = check_state(resume_state)
+                version, start, count, pending, owner = check_state(resume_state)
             except ValueError as error:
                 raise StartupError(f"the recovery store, {for_part}: {error}") from None
+            between = "." if version == _KEYLESS else "/"  # as the ids were then
+        # Of more at once than the topic takes, the brokers refuse all.
+        largest_batch = min(int(self._config.get("batch.size", _BATCH_BYTES)), self._most_bytes)
+        config = {**self._config, "batch.size": largest_batch}
         writer: Writer
         if self._delivery == "exactly_once":
             writer = TransactionalWriter(
                 self.topic,
                 partition,
-                self._config,
+                config,
                 # A topic's name has no "/", so no two partitions share an id, whatever the owners.
                 transactional_id=f"{self._owner}/{self.topic}/{partition}",
                 # A life under another name may still be about.
-                predecessor=f"{owner}/{self.topic}/{partition}" if owner else "",
+                predecessor=between.join([owner, self.topic, str(partition)]) if owner else "",
                 tail=partial(self._tail, partition, start, count, pending),
                 transaction_s=self._transaction_s,
             )
         else:
             next_offset = -1 if start is None else start
-            writer = IdempotentWriter(self.topic, partition, self._config, next_offset)
+            writer = IdempotentWriter(self.topic, partition, config, next_offset)
         owner = self._owner if self._delivery == "exactly_once" else ""
         return _SinkPartition(writer, self.partitions, owner, self._observe)
 
@@ -231,11 +236,12 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             fenced=fenced,
         )
         tail.published.unpack(pending)
-        if tail.published and count != self.partitions:
+        moved = tail.published.moved(partition, self.partitions) if count != self.partitions else 0
+        if moved:
             raise StartupError(
-                f"{self.topic} had {count} partitions and has {self.partitions}, and "
-                f"{len(tail.published)} records were published to partition {partition} after "
-                "the last snapshot: their keys have moved, so they cannot be told from new ones. "
+                f"{self.topic} had {count} partitions and has {self.partitions}, and {moved} "
+                f"records that were published to partition {partition} after the last snapshot "
+                "belong to another one now, so they would come twice. "
                 "Let the flow catch up and drain it before partitions are added. To go on now, "
                 "accepting that these may come twice, start once with DELIVERY=at_least_once"
             )

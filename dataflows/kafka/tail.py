@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from dataflows.kafka.errors import StartupError
+from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, watermarks
 
 MOST_RECORDS = 2_000_000
@@ -111,6 +113,14 @@ class Published:
                 if origin in self._origins.get(name, ()):
                     self._remove(name, origin)
 
+    def moved(self, partition: int, partitions: int) -> int:
+        """Count the records that belong to another partition now that there are `partitions`."""
+        names = list(self._origins)
+        if not names:
+            return 0
+        elsewhere = partitions_of(list(map(_routed_by, names)), partitions) != partition
+        return sum(len(self._origins[names[row]]) for row in np.flatnonzero(elsewhere).tolist())
+
     def pack(self) -> bytes:
         """Return the records as bytes, empty if there are none."""
         return msgspec.msgpack.encode(self._origins) if self._count else b""
@@ -125,7 +135,13 @@ class Published:
 
 
 def _name(event_id: bytes, key: bytes | None) -> bytes:
-    return event_id + b"\0" + (key or b"")
+    return event_id + b"\0" if key is None else event_id + b"\0k" + key
+
+
+def _routed_by(name: bytes) -> bytes:
+    """Return what decides on the output partition: the key, or without one the event id."""
+    event_id, _, key = name.partition(b"\0")
+    return key[1:] if key else event_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +184,9 @@ def read_tail(
     """
     name = f"{topic}/{partition}"
     began = time.monotonic()
-    low, high = _bounds(
-        topic, partition, config, timeout_s, "uncommitted" if fenced else "committed"
+    low, high = _bounds(topic, partition, config, timeout_s, "uncommitted")
+    end = (
+        high if fenced else min(high, _bounds(topic, partition, config, timeout_s, "committed")[1])
     )
     consumer = _consumer(config, "committed")
     try:
@@ -196,7 +213,7 @@ def read_tail(
                 "this one"
             )
         published = Published(either_copy=either_copy)
-        _read(published, consumer, TopicPartition(topic, partition, offset), high, timeout_s)
+        _read(published, consumer, TopicPartition(topic, partition, offset), end, timeout_s)
     finally:
         consumer.close()
     if published:

@@ -33,7 +33,11 @@ PRODUCER_DEFAULTS: Mapping[str, Any] = {
     "request.timeout.ms": 10_000,
     "socket.timeout.ms": 10_000,
 }
-GUARANTEES: Mapping[str, Any] = {"enable.idempotence": True, "acks": "all"}
+GUARANTEES: Mapping[str, Any] = {
+    "enable.idempotence": True,
+    "acks": "all",
+    "delivery.report.only.error": False,
+}
 _MARGIN_S = 5.0
 _TELL_AFTER_S = 2.0
 _TELL_EVERY_S = 10.0

@@ -171,6 +171,22 @@ def test_progress_survives_its_commit(start: int, marks: list[int]) -> None:
     assert not again.is_done(again.offset)
 
 
+@given(st.integers(0, 9), st.lists(st.tuples(st.integers(1, 9), st.booleans())))
+def test_the_ends_of_transactions_are_no_gaps(start: int, steps: list[tuple[int, bool]]) -> None:
+    """Dead letters written exactly once have offsets between them that hold none."""
+    progress, read, left = Progress(start), start, []
+    for further, dealt_with in steps:
+        offset = read + further - 1
+        progress.skip(read, offset)
+        if dealt_with:
+            progress.mark(offset)
+        else:
+            left.append(offset)
+        read = offset + 1
+    assert [n for n in range(start, read) if not progress.is_done(n)] == left
+    assert progress.offset == (left[0] if left else read)
+
+
 def test_progress_refuses_what_it_cannot_keep() -> None:
     progress = Progress(0)
     for offset in range(1, 4000, 2):
