@@ -108,6 +108,22 @@ def names(begin: int, end: int) -> list[str]:
     return [f"tx{n}" for n in range(begin, end)]
 
 
+def add_a_partition(kafka: TestBroker, topic: str) -> None:
+    """Add a second partition to a topic of one."""
+    admin = AdminClient(kafka.config)
+    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
+    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+
+
+def set_largest_message(kafka: TestBroker, topic: str, size: int) -> None:
+    """Set a topic's max.message.bytes."""
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    entry = ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)
+    resource.add_incremental_config(entry)
+    admin = AdminClient(kafka.config)
+    admin.incremental_alter_configs([resource])[resource].result(30)
+
+
 def test_what_a_snapshot_follows_is_committed(kafka: TestBroker, lives: list[Life]) -> None:
     topic = kafka.topic("out", 3)
     lives.append(life := Life(kafka, topic, transaction_s=60))
@@ -280,9 +296,7 @@ def test_partitions_may_be_added_only_when_nothing_is_open(
         first.write(*names(1, 20))
         first.snapshot()
     first.close()
-    admin = AdminClient(kafka.config)
-    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
-    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+    add_a_partition(kafka, topic)
     lives.append(second := Life(kafka, topic, states))
     if drained:
         second.write("tx2", "tx3")
@@ -302,9 +316,7 @@ def test_a_crash_right_after_partitions_were_added_is_no_trap(
     first.write("tx0")
     states = first.snapshot()
     first.close()
-    admin = AdminClient(kafka.config)
-    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
-    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+    add_a_partition(kafka, topic)
     second = Life(kafka, topic, states)
     second.sink.refuse_moved_keys(states)
     second.write(*names(1, 20))
@@ -327,9 +339,7 @@ def test_added_partitions_are_refused_before_any_of_them_is_written_to(
     first.write(*names(1, 20))
     ends = first.snapshot()
     first.close()
-    admin = AdminClient(kafka.config)
-    admin.create_partitions([NewPartitions(topic, 2)])[topic].result(30)
-    await_that(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 2, "partitions")
+    add_a_partition(kafka, topic)
     sink = KafkaSink(topic, kafka.config, delivery="exactly_once", owner="test")
     with pytest.raises(StartupError, match=r"had 1 partitions and has 2, and \d+ records"):
         sink.refuse_moved_keys(states)
@@ -397,11 +407,7 @@ def test_a_record_that_the_topic_stops_taking_is_an_error_at_once(
     topic = kafka.topic("out", 1)
     lives.append(life := Life(kafka, topic, transaction_s=60))
     life.snapshot()
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
-    lower = ConfigEntry("max.message.bytes", "100", incremental_operation=AlterConfigOpType.SET)
-    resource.add_incremental_config(lower)
-    admin = AdminClient(kafka.config)
-    admin.incremental_alter_configs([resource])[resource].result(30)
+    set_largest_message(kafka, topic, 100)
     life.write("x" * 500)
     with pytest.raises(DeliveryError, match=r"did not take 1 record\(s\).*[Ss]ize"):
         life.snapshot()
@@ -528,11 +534,7 @@ def test_two_events_with_one_id(kafka: TestBroker, lives: list[Life], either_cop
 
 def test_a_batch_is_no_larger_than_the_topic_takes(kafka: TestBroker, lives: list[Life]) -> None:
     topic = kafka.topic("out", 1)
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
-    limit = ConfigEntry("max.message.bytes", "20000", incremental_operation=AlterConfigOpType.SET)
-    resource.add_incremental_config(limit)
-    admin = AdminClient(kafka.config)
-    admin.incremental_alter_configs([resource])[resource].result(30)
+    set_largest_message(kafka, topic, 20_000)
     lives.append(life := Life(kafka, topic, transaction_s=60))
     life.write(*(f"{n:0200d}" for n in range(2000)))
     life.snapshot()
