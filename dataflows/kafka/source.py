@@ -97,7 +97,7 @@ _FIRST = "first"  # metadata of a group offset at which nothing has been read ye
 _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
-_DOZE = timedelta(milliseconds=3)
+_DOZE = timedelta(milliseconds=6)
 _DOZE_AFTER = 500  # turns, half a second
 _OBSERVE_EVERY_S = 0.25
 _LAST_COMMIT_S = 2.0
