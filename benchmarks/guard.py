@@ -21,7 +21,7 @@ from benchmarks.harness import bench_with
 from tests.conftest import CACHE
 from tests.integration.flow import model_package, profiles_repo
 
-#: Rate of the flow over that of the bare loop. Seen: 0.17 on two idle cores (benchmarks/results/
+#: Rate of the flow over that of the bare loop. Seen: 0.19 on two idle cores (benchmarks/results/
 #: flow.md), where the loop is at its fastest; a busy machine slows the loop more.
 BAND = (0.06, 1.0)
 _EVENTS, _PAIRS, _WARM_S = 150_000, 3, 15
