@@ -313,7 +313,8 @@ def replay(
 
     Records keep key, value and headers (but not headers that cannot be read) and get
     ``dlq.replayed``. What a dead letter had no room for is read from the source topic. Those that
-    are refused again while the replay runs are left for the next one.
+    are refused again while the replay runs are left for the next one. A record of the flow's own,
+    such as a prediction too large for its topic, is not sent: it was never read.
 
     Args:
         topic: the dead-letter topic.
@@ -396,12 +397,10 @@ def _load(memory: Consumer, topic: str, partitions: int, timeout_s: float) -> di
 
 def _restored(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> DeadLetter:
     """Return a dead letter with the whole record, from its source topic if it was cut."""
+    if letter.topic and letter.source_offset < 0:
+        raise _CannotReplay(_never_read(letter))
     if not letter.topic or letter.source_partition < 0:
         raise _CannotReplay("it does not say where it came from")
-    if letter.source_offset < 0:
-        raise _CannotReplay(
-            f"it was never in {letter.topic}, which cannot take it; replay the event that caused it"
-        )
     if letter.is_whole:
         return letter
     where = f"{letter.topic}/{letter.source_partition}/{letter.source_offset}"
@@ -427,6 +426,17 @@ def _restored(letter: DeadLetter, consumer: Consumer, timeout_s: float) -> DeadL
     if letter.headers_missing:
         headers = _not_ours(read_headers(original) or [])
     return dataclasses.replace(letter, key=original.key(), value=original.value(), headers=headers)
+
+
+def _never_read(letter: DeadLetter) -> str:
+    event = (dict(letter.headers).get("origin") or b"of unknown origin").decode("utf-8", "replace")
+    return (
+        f"it was never read, but is what the flow wrote about the event {event}, and "
+        f"{letter.detail}. That event has been counted, and must not be sent again. What is kept "
+        f"of the record is shown by `list --reason {letter.reason} --full`; for later ones, drain "
+        f"the flow, raise max.message.bytes of {letter.topic}, or message.max.bytes in "
+        "KAFKA_PRODUCER_OPTIONS, and start it again"
+    )
 
 
 def _is_original(letter: DeadLetter, record: Message) -> bool:

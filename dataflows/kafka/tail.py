@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import msgspec
@@ -46,7 +48,10 @@ class Published:
 
     def __init__(self, *, either_copy: bool = False) -> None:
         self._either_copy = either_copy
-        self._origins: dict[bytes, list[bytes]] = {}  # by `_name`
+        # By `_name`: the origin of its first record, and how many more it has of each origin, in
+        # the order of noting. Few names have more than one, so few take the memory of a mapping.
+        self._first: dict[bytes, bytes] = {}
+        self._others: dict[bytes, OrderedDict[bytes, int]] = {}
         self._count = 0
         # Input partition → (offset, name, origin) of its records, the first ones last.
         self._queues: dict[bytes, list[tuple[int, bytes, bytes]]] = {}
@@ -61,7 +66,13 @@ class Published:
         self._add(_name(event_id, key), origin)
 
     def _add(self, name: bytes, origin: bytes) -> None:
-        self._origins.setdefault(name, []).append(origin)
+        if name in self._first:
+            others = self._others.setdefault(name, OrderedDict())
+            others[origin] = others.get(origin, 0) + 1
+            if origin == self._first[name]:
+                others.move_to_end(origin, last=False)
+        else:
+            self._first[name] = origin
         self._count += 1
         partition, _, offset = origin.rpartition(b"/")
         if partition:
@@ -69,33 +80,43 @@ class Published:
             self._sorted = False
 
     def take(self, event_id: bytes, key: bytes | None, origin: bytes) -> bool:
-        """Tell whether this record was published, and note that it has come. O(1).
+        """Tell whether this record was published, and note that it has come.
 
-        What was published twice is taken twice.
+        What was published twice is taken twice. Where any origin will do, the one that was noted
+        first is taken. O(1), however many records have this id and key.
         """
         partition, _, offset = origin.rpartition(b"/")
         if partition:
             self._passed[partition] = max(self._passed.get(partition, -1), int(offset))
         name = _name(event_id, key)
-        origins = self._origins.get(name)
-        if origins is None:
+        if name not in self._first:
             return False
-        if origin in origins:
-            self._remove(name, origin)
-        elif self._either_copy or not origin:
-            self._remove(name, origins[0])
-        elif b"" in origins:
-            self._remove(name, b"")
-        else:
-            return False
+        if not self._holds(name, origin):
+            if self._either_copy or not origin:
+                origin = self._first[name]
+            elif self._holds(name, b""):
+                origin = b""
+            else:
+                return False
+        self._remove(name, origin)
         return True
 
+    def _holds(self, name: bytes, origin: bytes) -> bool:
+        return self._first.get(name) == origin or origin in self._others.get(name, ())
+
     def _remove(self, name: bytes, origin: bytes) -> None:
-        origins = self._origins[name]
-        origins.remove(origin)
         self._count -= 1
-        if not origins:
-            del self._origins[name]
+        others = self._others.get(name)
+        if others is None:
+            del self._first[name]
+            return
+        if origin == self._first[name]:
+            origin = self._first[name] = next(iter(others))  # O(1), unlike a dict's
+        others[origin] -= 1
+        if not others[origin]:
+            del others[origin]
+        if not others:
+            del self._others[name]
 
     def forget_passed(self) -> None:
         """Forget what can never come again; call it when an epoch is complete.
@@ -110,20 +131,25 @@ class Published:
             queue = self._queues.get(partition, [])
             while queue and queue[-1][0] <= newest:
                 _, name, origin = queue.pop()
-                if origin in self._origins.get(name, ()):
+                if self._holds(name, origin):
                     self._remove(name, origin)
 
     def moved(self, partition: int, partitions: int) -> int:
         """Count the records that belong to another partition now that there are `partitions`."""
-        names = list(self._origins)
+        names = list(self._first)
         if not names:
             return 0
         elsewhere = partitions_of(list(map(_routed_by, names)), partitions) != partition
-        return sum(len(self._origins[names[row]]) for row in np.flatnonzero(elsewhere).tolist())
+        moved = [names[row] for row in np.flatnonzero(elsewhere).tolist()]
+        return len(moved) + sum(sum(self._others.get(name, {}).values()) for name in moved)
 
     def pack(self) -> bytes:
-        """Return the records as bytes, empty if there are none."""
-        return msgspec.msgpack.encode(self._origins) if self._count else b""
+        """Return the records as bytes, empty if there are none. O(records)."""
+        origins: dict[bytes, tuple[bytes, ...]]
+        origins = {name: (first,) for name, first in self._first.items()}
+        for name, others in self._others.items():
+            origins[name] += tuple(chain.from_iterable(map(repeat, others, others.values())))
+        return msgspec.msgpack.encode(origins) if origins else b""
 
     def unpack(self, packed: bytes) -> None:
         """Add what `pack` returned."""

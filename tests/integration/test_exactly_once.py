@@ -85,6 +85,36 @@ def lives() -> Iterator[list[Life]]:
         life.close()
 
 
+def lived(
+    kafka: TestBroker,
+    topic: str,
+    states: dict[str, SinkState] | None = None,
+    *,
+    kept: Sequence[str] = (),
+    lost: Sequence[str] = (),
+    cut_off: Sequence[str] = (),
+    origin: str = "",
+    begin: int = 0,
+    **options: Any,
+) -> dict[str, SinkState]:
+    """Live a life from `states` to a crash; return the snapshot of it that there is.
+
+    Args:
+        kept: written before that snapshot.
+        lost: written and committed to Kafka after it, of the events from offset `begin` on of the
+            input partition `origin`. The recovery store never gets to know of them.
+        cut_off: written at last, in a transaction that nobody commits.
+    """
+    life = Life(kafka, topic, states, **options)
+    life.write(*kept)
+    snapshot = life.snapshot()
+    life.write(*lost, origin=origin, begin=begin)
+    life.snapshot()
+    life.write(*cut_off)
+    life.close()
+    return snapshot
+
+
 def ids(messages: list[Message]) -> list[str]:
     return [dict(message.headers() or [])["event_id"].decode() for message in messages]
 
@@ -164,14 +194,7 @@ def test_what_was_published_after_the_snapshot_is_not_published_again(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 3)
-    first = Life(kafka, topic)
-    first.write(*names(0, 100))
-    states = first.snapshot()
-    first.write(*names(100, 180))
-    first.snapshot()  # committed to Kafka; the recovery store never gets it
-    first.write(*names(180, 200))  # in a transaction that nobody commits
-    first.close()
-
+    states = lived(kafka, topic, kept=names(0, 100), lost=names(100, 180), cut_off=names(180, 200))
     lives.append(second := Life(kafka, topic, states))
     second.write(*names(100, 250))  # the open epoch again, and more
     second.snapshot()
@@ -185,17 +208,8 @@ def test_what_was_published_may_come_again_after_the_next_snapshot(
 ) -> None:
     """A life that replays only a part of the open epoch, and dies after a snapshot of its own."""
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    states = first.snapshot()
-    first.write(*names(0, 100), "tx90")  # the last one twice
-    first.snapshot()
-    first.close()
-    second = Life(kafka, topic, states)
-    second.write(*names(0, 40))
-    states = second.snapshot()
-    second.write(*names(40, 50))
-    second.snapshot()
-    second.close()
+    states = lived(kafka, topic, lost=[*names(0, 100), "tx90"])  # one of them twice
+    states = lived(kafka, topic, states, kept=names(0, 40), lost=names(40, 50))
     lives.append(third := Life(kafka, topic, states))
     third.write(*names(40, 100), "tx90", *names(100, 110))
     states = third.snapshot()
@@ -208,11 +222,7 @@ def test_an_id_is_suppressed_as_often_as_it_was_published(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    states = first.snapshot()
-    first.write("tx1", "tx1", "tx2")
-    first.snapshot()
-    first.close()
+    states = lived(kafka, topic, lost=["tx1", "tx1", "tx2"])
     lives.append(second := Life(kafka, topic, states))
     second.write("tx1", "tx2", "tx1", "tx1", "tx2")
     second.snapshot()
@@ -223,10 +233,7 @@ def test_a_first_start_after_a_life_without_a_snapshot(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 2)
-    first = Life(kafka, topic)
-    first.write(*names(0, 50))
-    first.snapshot()
-    first.close()
+    lived(kafka, topic, lost=names(0, 50))
     lives.append(second := Life(kafka, topic, None))
     second.write(*names(0, 60))
     second.snapshot()
@@ -272,10 +279,7 @@ def test_what_inputs_that_are_gone_had_caused_is_forgotten(
 ) -> None:
     """A new store on an old output topic: old ids are not compared with for ever."""
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write(*names(0, 50), origin="in/0")
-    first.snapshot()
-    first.close()
+    lived(kafka, topic, lost=names(0, 50), origin="in/0")
     lives.append(second := Life(kafka, topic))
     second.write("new", origin="in/0", begin=50)
     assert {state[3] for state in second.snapshot().values()} == {b""}
@@ -289,13 +293,7 @@ def test_partitions_may_be_added_only_when_nothing_is_open(
     kafka: TestBroker, lives: list[Life], drained: bool
 ) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write("tx0")
-    states = first.snapshot()
-    if not drained:
-        first.write(*names(1, 20))
-        first.snapshot()
-    first.close()
+    states = lived(kafka, topic, kept=["tx0"], lost=[] if drained else names(1, 20))
     add_a_partition(kafka, topic)
     lives.append(second := Life(kafka, topic, states))
     if drained:
@@ -312,10 +310,7 @@ def test_a_crash_right_after_partitions_were_added_is_no_trap(
 ) -> None:
     """The states still tell the old number, but nothing was published under it since."""
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write("tx0")
-    states = first.snapshot()
-    first.close()
+    states = lived(kafka, topic, kept=["tx0"])
     add_a_partition(kafka, topic)
     second = Life(kafka, topic, states)
     second.sink.refuse_moved_keys(states)
@@ -333,12 +328,8 @@ def test_added_partitions_are_refused_before_any_of_them_is_written_to(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write("tx0")
-    states = first.snapshot()
-    first.write(*names(1, 20))
-    ends = first.snapshot()
-    first.close()
+    states = lived(kafka, topic, kept=["tx0"], lost=names(1, 20))
+    ends = lived(kafka, topic, states, kept=names(1, 20))
     add_a_partition(kafka, topic)
     sink = KafkaSink(topic, kafka.config, delivery="exactly_once", owner="test")
     with pytest.raises(StartupError, match=r"had 1 partitions and has 2, and \d+ records"):
@@ -356,12 +347,7 @@ def test_a_tail_that_retention_has_cut_is_refused_unless_allowed(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write(*names(0, 10))
-    states = first.snapshot()
-    first.write(*names(10, 20))
-    first.snapshot()
-    first.close()
+    states = lived(kafka, topic, kept=names(0, 10), lost=names(10, 20))
     delete_records(kafka, topic, 15)
     lives.append(second := Life(kafka, topic, states))
     with pytest.raises(StartupError, match="records 11 to 15 are gone.*RESUME_PAST_RETENTION"):
@@ -377,10 +363,7 @@ def test_a_drained_flow_may_outlast_the_retention_of_its_output(
     kafka: TestBroker, lives: list[Life]
 ) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write(*names(0, 10))
-    states = first.snapshot()
-    first.close()
+    states = lived(kafka, topic, kept=names(0, 10))
     delete_records(kafka, topic, -1)  # all, the transaction's marker too
     lives.append(second := Life(kafka, topic, states))
     second.write("tx10")
@@ -390,10 +373,7 @@ def test_a_drained_flow_may_outlast_the_retention_of_its_output(
 
 def test_a_tail_longer_than_allowed_is_refused(kafka: TestBroker, lives: list[Life]) -> None:
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic)
-    first.write(*names(0, 100))
-    first.snapshot()
-    first.close()
+    lived(kafka, topic, lost=names(0, 100))
     lives.append(second := Life(kafka, topic, tail_max_records=50))
     with pytest.raises(
         StartupError, match=r"101 records and the recovery store knows none.*\(50\)"
@@ -518,11 +498,7 @@ def test_a_foreign_open_transaction_does_not_hide_what_was_published(
 def test_two_events_with_one_id(kafka: TestBroker, lives: list[Life], either_copy: bool) -> None:
     """A life answers one and is killed; the next one meets the other first."""
     topic = kafka.topic("out", 1)
-    first = Life(kafka, topic, either_copy=either_copy)
-    states = first.snapshot()
-    first.write("tx1", origin="in/1", begin=3)
-    first.snapshot()
-    first.close()
+    states = lived(kafka, topic, lost=["tx1"], origin="in/1", begin=3, either_copy=either_copy)
     lives.append(second := Life(kafka, topic, states, either_copy=either_copy))
     second.write("tx1", origin="in/0", begin=7)
     if not either_copy:  # else it is dropped as the second copy

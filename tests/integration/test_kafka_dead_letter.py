@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from bytewax import operators as op
 from bytewax.dataflow import Dataflow
@@ -17,6 +18,7 @@ from dataflows.dead_letter import main
 from dataflows.kafka import replay
 from dataflows.kafka.dead_letter import dead_letters
 from dataflows.kafka.dev_broker import DevBroker, _librdkafka
+from dataflows.kafka.records import OutRecords
 from dataflows.kafka.replay import DeadLetter
 from dataflows.kafka.sink import KafkaSink, output
 from tests.bad_input import APPENDED, transaction, wire
@@ -58,6 +60,18 @@ class Topics:
         stream = op.input("inp", flow, TestingSource([batch]))
         output("dead_letters", stream, KafkaSink(self.dead_letters, broker.config))
         run_main(flow)
+
+    def refuse_a_prediction(self, value: bytes, origin: bytes) -> str:
+        """Write what is too large for a predictions topic; return the topic's name."""
+        predictions = self.broker.topic("predictions", 1)
+        flow = Dataflow("answering")
+        batch = OutRecords([b"C1"], [value], np.array([0]), [b"tx1"], [origin])
+        stream = op.input("inp", flow, TestingSource([batch]))
+        sink = KafkaSink(predictions, {**self.broker.config, "message.max.bytes": 4096})
+        letters = output("predictions", stream, sink)
+        output("dead_letters", letters, KafkaSink(self.dead_letters, self.broker.config))
+        run_main(flow)
+        return predictions
 
     def run(self, *arguments: str) -> int:
         servers: str = self.broker.config["bootstrap.servers"]
@@ -222,6 +236,28 @@ def test_what_cannot_be_restored_is_said_and_nothing_else_is_sent_for_it(
     assert "it was cut" in said
     assert "no longer on the brokers" in said
     assert len(topics.back()) == 4
+
+
+def test_a_prediction_too_large_is_no_event_to_send_again(
+    topics: Topics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = topics.refuse_a_prediction(b"x" * 5000, origin=b"in/0/7")
+    assert topics.run(*replay_arguments(topics)) == 1
+    (said,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("not replayed")
+    ]
+    assert "it was never read, but is what the flow wrote about the event in/0/7" in said
+    assert f"more than {predictions} takes (4096)" in said
+    assert "must not be sent again" in said
+    assert f"raise max.message.bytes of {predictions}" in said
+    assert len(topics.back()) == 5
+    assert topics.broker.read(predictions) == []
+
+    # What the sentence says to do shows the record.
+    command = re.search("`(.*)`", said)
+    assert command
+    assert topics.run(*command[1].split()) == 0
+    assert "x" * 5000 in capsys.readouterr().out
 
 
 def test_an_absent_topic_is_an_error_with_a_name(

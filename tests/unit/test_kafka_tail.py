@@ -1,12 +1,24 @@
 """Nothing is published twice, wherever lives end, and nothing is kept for ever."""
 
 from collections import Counter
+from itertools import chain
+from typing import TypeAlias
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflows.kafka.tail import Published
 
+#: An event id, a key and an origin.
+Record: TypeAlias = tuple[bytes, bytes | None, bytes]
+
+#: Few, so that they meet again.
+RECORDS = st.tuples(
+    st.sampled_from([b"tx1", b"tx2"]),
+    st.sampled_from([b"C1", None]),
+    st.sampled_from([b"", b"in/0/0", b"in/0/1", b"in/1/0", b"in/1/1"]),
+)
 #: Events of two input partitions, in order: their ids, some of which repeat.
 INPUTS = st.tuples(*(st.lists(st.integers(0, 12), max_size=25) for _ in range(2)))
 
@@ -89,3 +101,70 @@ def test_either_copy_may_come_again_but_no_other_cards_event() -> None:
     published.add(b"tx1", b"C1", b"in/0/7")
     assert not published.take(b"tx1", b"C2", b"in/1/2")
     assert published.take(b"tx1", b"C1", b"in/0/9")
+
+
+class Naive:
+    """`Published` as its docstring has it: a list of records, searched from its beginning."""
+
+    def __init__(self, either_copy: bool) -> None:
+        self.either_copy = either_copy
+        self.records: list[Record] = []
+        self.passed: dict[bytes, int] = {}
+
+    def add(self, event_id: bytes, key: bytes | None, origin: bytes) -> None:
+        # Equal ones stand together: the order is that of their origins.
+        equal = [n for n, each in enumerate(self.records, 1) if each == (event_id, key, origin)]
+        self.records.insert(max(equal, default=len(self.records)), (event_id, key, origin))
+
+    def take(self, event_id: bytes, key: bytes | None, origin: bytes) -> bool:
+        if origin:
+            partition, offset = origin.rsplit(b"/", 1)
+            self.passed[partition] = max(self.passed.get(partition, -1), int(offset))
+        named = [each for each in self.records if each[:2] == (event_id, key)]
+        equal = [each for each in named if each[2] == origin]
+        other = [each for each in named if self.either_copy or not origin or not each[2]]
+        for found in (equal + other)[:1]:
+            self.records.remove(found)
+        return bool(equal or other)
+
+    def forget_passed(self) -> None:
+        self.records = [each for each in self.records if not self.has_passed(each[2])]
+
+    def has_passed(self, origin: bytes) -> bool:
+        partition, _, offset = origin.rpartition(b"/")
+        return bool(origin) and int(offset) <= self.passed.get(partition, -1)
+
+
+def origins_in(packed: bytes) -> Counter[bytes]:
+    """Read a store's format: the origins of each name."""
+    return Counter(chain.from_iterable(msgspec.msgpack.decode(packed or b"\x80").values()))
+
+
+@settings(deadline=None)
+@given(
+    st.booleans(),
+    st.lists(RECORDS, min_size=8, max_size=30),
+    st.lists(RECORDS | st.sampled_from(["epoch", "restart"]), min_size=8, max_size=30),
+)
+def test_what_is_known_and_taken_is_what_a_list_would_tell(
+    either_copy: bool,
+    records: list[Record],
+    events: list[Record | str],
+) -> None:
+    published, naive = Published(either_copy=either_copy), Naive(either_copy)
+    for record in records:
+        published.add(*record)
+        naive.add(*record)
+    for event in events:
+        if isinstance(event, tuple):
+            assert published.take(*event) == naive.take(*event)
+        elif event == "epoch":
+            published.forget_passed()
+            naive.forget_passed()
+        else:
+            packed = published.pack()
+            published, naive.passed = Published(either_copy=either_copy), {}
+            published.unpack(packed)
+        assert origins_in(published.pack()) == Counter(origin for *_, origin in naive.records)
+        assert len(published) == len(naive.records)
+        assert published.moved(0, 2) + published.moved(1, 2) == len(naive.records)
