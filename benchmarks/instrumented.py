@@ -96,9 +96,9 @@ def _clock_methods() -> None:
         setattr(owner, name, _clocked(stage, getattr(owner, name)))
 
     clock(sink._SinkPartition, "write_batch", "produce")
-    clock(windows._ShardLogic, "on_batch", "card windows")
+    clock(windows._KeyLogic, "on_batch", "card windows")
     clock(sink._SinkPartition, "snapshot", "snapshot")
-    clock(windows._ShardLogic, "snapshot", "snapshot")
+    clock(windows._KeyLogic, "snapshot", "snapshot")
     runtime.poll_sinks = _clocked("reports", sink.poll_sinks)
     snapshot, turn = source._Reader.snapshot, source._Reader.turn
 

@@ -49,8 +49,9 @@ from bytewax.recovery import init_db_dir
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.sink import SinkState, check_state
 from dataflows.kafka.topics import part_name
+from features import journal
 from features.seen import SeenIds
-from features.windows import Layout, WindowState
+from features.windows import Layout, WindowShards
 
 log = structlog.get_logger()
 
@@ -102,6 +103,8 @@ class Launch:
     directory: Path | None
     process: int
     processes: int
+    #: In each process.
+    workers: int
 
 
 def launched() -> Launch | None:
@@ -114,7 +117,8 @@ def launched() -> Launch | None:
         return None
     given = bytewax.run._parse_args()  # type: ignore[no-untyped-call]
     addresses = (given.addresses or "").split(";")
-    return Launch(given.recovery_directory, given.process_id or 0, len(addresses))
+    workers = given.workers_per_process or 1
+    return Launch(given.recovery_directory, given.process_id or 0, len(addresses), workers)
 
 
 # Make and own
@@ -128,6 +132,8 @@ class Store:
     manifest: Manifest
     process: int
     processes: int
+    #: Of all processes.
+    workers: int
     _lock: int = field(repr=False)
 
     def peers(self) -> Peers | None:
@@ -157,7 +163,11 @@ def open_store(flow_id: str, delivery: str) -> Store | None:
         return None
     if launch.directory is not None:
         return prepare(
-            launch.directory, flow_id, process=launch.process, processes=launch.processes
+            launch.directory,
+            flow_id,
+            process=launch.process,
+            processes=launch.processes,
+            workers=launch.workers,
         )
     how = "run with -r DIR -s 10 -b 0; DIR is created if it is not there"
     if delivery == "exactly_once":
@@ -170,7 +180,9 @@ def open_store(flow_id: str, delivery: str) -> Store | None:
     return None
 
 
-def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int = 1) -> Store:
+def prepare(
+    directory: Path, flow_id: str, *, process: int = 0, processes: int = 1, workers: int = 1
+) -> Store:
     """Take hold of a recovery directory, creating the store if there is none.
 
     All processes of a cluster may call it at once, on one directory. Existing parts are never
@@ -191,7 +203,7 @@ def prepare(directory: Path, flow_id: str, *, process: int = 0, processes: int =
         except BaseException:
             os.close(lock)
             raise
-    return Store(directory, manifest, process, processes, lock)
+    return Store(directory, manifest, process, processes, processes * workers, lock)
 
 
 @contextmanager
@@ -554,12 +566,72 @@ def discard_open_epoch(directory: Path, delivery: str) -> int:
                 found = connection.execute("DELETE FROM snaps WHERE snap_epoch >= ?", (epoch,))
                 deleted += found.rowcount
         except sqlite3.Error as error:
-            raise RecoveryError(
-                f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
-            ) from None
+            raise _not_writeable(part, error) from None
     if deleted:
         log.info("snapshots of an epoch that was never complete are discarded", count=deleted)
     return deleted
+
+
+def fold_journals(directory: Path, flow: Dataflow) -> int:
+    """Put the rows of window journals into the shards' states: a cluster keeps none.
+
+    A journal's key and the shards of its rows may belong to different workers there. Call it after
+    `check` and `discard_open_epoch`; all processes of a cluster may. Killed half-way, it can be
+    called again: a state that holds a page's rows says so. Takes as long as a resume and a
+    snapshot of all state. Returns the number of pages folded.
+
+    Raises RecoveryError if the store cannot be written, or a shard's state is not in it.
+    """
+    folded = 0
+    with _writing(directory), _locked(directory / ".create.lock"):
+        parts = parts_of(directory)
+        newest = list(snapshots(parts, before=resume_epoch(parts)))
+        for step_id, layout in _windows(flow.substeps):
+            stored = [
+                (snapshot, value_of(snapshot))
+                for snapshot in newest
+                if snapshot.step_id == step_id and snapshot.change is not None
+            ]
+            pages = [value for _, value in stored if value[0] == "page"]
+            if not pages:
+                continue
+            bases = [value for _, value in stored if value[0] == "base"]
+            if len(bases) < layout.shards:
+                raise RecoveryError(
+                    f"{directory}: the journal of step {step_id!r} is here, but only {len(bases)} "
+                    f"of {layout.shards} shards are. Put all parts of the store into one "
+                    f"directory and give it to all processes; or {_NEW_DIRECTORY}"
+                )
+            states = WindowShards(layout)
+            last = journal.resume(states, bases, pages)
+            for snapshot, (kind, shard, *_) in stored:
+                if kind == "base":
+                    value = ("base", shard, last, states[shard].snapshot())
+                    _write(snapshot, "UPDATE snaps SET ser_change = ?", pickle.dumps(value))
+            for snapshot, (kind, *_) in stored:
+                if kind == "page":
+                    _write(snapshot, "DELETE FROM snaps")
+            folded += len(pages)
+            log.info("the journal is folded into the shards", step=step_id, pages=len(pages))
+    return folded
+
+
+def _write(snapshot: Snapshot, what: str, *values: object) -> None:
+    where = " WHERE step_id = ? AND state_key = ? AND snap_epoch "
+    # Older pages would come to light again.
+    where += "<= ?" if what.startswith("DELETE") else "= ?"
+    try:
+        with closing(sqlite3.connect(snapshot.part, timeout=5.0)) as connection, connection:
+            row = (snapshot.step_id, snapshot.key, snapshot.epoch)
+            connection.execute(what + where, (*values, *row))
+    except sqlite3.Error as error:
+        raise _not_writeable(snapshot.part, error) from None
+
+
+def _not_writeable(part: Path, error: sqlite3.Error) -> RecoveryError:
+    return RecoveryError(
+        f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
+    )
 
 
 def _newest_commit(parts: Collection[Path]) -> int:
@@ -709,25 +781,37 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
     def names(topics: Collection[str]) -> frozenset[str]:
         return frozenset(part_name(t, p) for t in topics for p in range(partitions[t]))
 
-    def walk(steps: Any, fits: Callable[[Any], object] | None) -> Iterator[tuple[str, _Step]]:
+    def walk(steps: Any, inner: _Step) -> Iterator[tuple[str, _Step]]:
         for step in steps:
             kind = type(step).__name__
             if kind == "windows":
-                layout = Layout.of(step.view, step.sources, step.shards.count)
-                yield from walk(step.substeps, partial(WindowState.check, layout))
+                ((_, layout),) = _windows([step])
+                kept = _Step(None, "", partial(journal.check, layout))
+                yield from walk(step.substeps, kept)
             elif kind == "distinct":
-                yield from walk(step.substeps, partial(SeenIds.check, shards=step.shards))
+                kept = _Step(None, "", partial(SeenIds.check, shards=step.shards))
+                yield from walk(step.substeps, kept)
             elif step.substeps:
-                yield from walk(step.substeps, fits)
+                yield from walk(step.substeps, inner)
             elif kind == "input":
                 read = names([topic.name for topic in step.source.topics])
                 yield step.step_id, _Step(read, "read", _check_offset)
             elif kind == "output":
                 yield step.step_id, _Step(names([step.sink.topic]), "written", check_state)
             elif kind == "stateful_batch":
-                yield step.step_id, _Step(None, "", fits)
+                yield step.step_id, inner
 
-    return walk(flow.substeps, None)
+    return walk(flow.substeps, _Step(None, "", None))
+
+
+def _windows(steps: Any) -> Iterator[tuple[str, Layout]]:
+    """Yield the id of each step that keeps a view's windows, and how it does."""
+    for step in steps:
+        if type(step).__name__ == "windows":
+            layout = Layout.of(step.view, step.sources, step.shards.count)
+            yield f"{step.step_id}.state", layout
+        else:
+            yield from _windows(step.substeps)
 
 
 def _check_offset(value: Any) -> None:

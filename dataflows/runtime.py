@@ -96,6 +96,8 @@ class Runtime:
                 for sink in (runtime.predictions, runtime.dead_letters, runtime.audit):
                     sink.refuse_moved_keys(found.written)
                 recovery.discard_open_epoch(store.directory, settings.delivery)
+                if store.workers > 1:
+                    recovery.fold_journals(store.directory, flow)
                 log.info(
                     "recovery store checked",
                     directory=str(store.directory),
@@ -193,7 +195,11 @@ class Runtime:
             decoder=EventDecoder(
                 SOURCES, max_clock_skew_ms=skew_ms, max_bytes=settings.max_event_bytes
             ),
-            shards=Shards(settings.shards, start),
+            shards=Shards(
+                settings.shards,
+                start,
+                journal=recovery_store is not None and recovery_store.workers == 1,
+            ),
             store=store,
             scorer=scorer,
             thresholds=_thresholds(settings, scorer.manifest.thresholds),

@@ -19,12 +19,12 @@ from rich.table import Table
 
 from dataflows import recovery
 from dataflows.recovery import RecoveryError, Snapshot
+from features import journal
 from features.seen import SeenIds
-from features.windows import WindowState
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One key of one step: a shard, or a partition of an input or output."""
+    """One key of one step: a shard, a page of a journal, or a partition of an input or output."""
 
     step: str
     key: str
@@ -35,6 +35,7 @@ class Row(msgspec.Struct, frozen=True):
     #: Next offset to read, or after the last record written.
     offset: int | None = None
     entities: int | None = None
+    #: Of a page: its rows.
     entries: int | None = None
     #: Why the snapshot was not understood.
     problem: str | None = None
@@ -98,11 +99,12 @@ def _described(value: Any) -> Mapping[str, Any]:
     """Return what can be told of a snapshot's value."""
     if isinstance(value, int):
         return {"offset": value}
+    if isinstance(value, tuple) and value[0] in ("base", "page"):  # of windows
+        head = journal.describe(value)
+        entries = head.get("rows" if value[0] == "page" else "entries", 0)
+        return {"entities": head.get("entities"), "entries": entries}
     if isinstance(value, tuple):  # a sink partition: (format, next offset, …)
         return {"offset": next((part for part in value[1:2] if isinstance(part, int)), None)}
-    if isinstance(value, bytes) and value.startswith(b"WINDOWS\0"):
-        head = WindowState.describe(value)
-        return {"entities": head["entities"], "entries": head["entries"]}
     if isinstance(value, bytes) and value.startswith(b"SEENIDS\0"):
         return {"entries": SeenIds.describe(value)["ids"]}
     return {}

@@ -18,7 +18,6 @@ hot is compiled; see ``features/declare.py`` for the window rule that all of thi
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,17 +33,15 @@ from features.batch import EventBatch
 from features.declare import At, FeatureView, milliseconds
 from features.events import Event
 from features.keys import find, hash_of, key_bytes, occupy
+from features.packed import Format
 
 Int = npt.NDArray[np.int64]
 
 #: Virtual shards that a view's entities are spread over, unless the deployment says otherwise. The
-#: number is part of the state: a snapshot of 16 shards cannot be resumed with 32.
-SHARDS = 16
+#: number is part of the state: a snapshot of 32 shards cannot be resumed with 64.
+SHARDS = 32
 
-#: Version of the snapshot's bytes.
-FORMAT = 1
-_MAGIC = b"WINDOWS\x00"
-_HEADER = struct.Struct("<8sHI")  # magic, format, length of the description that follows
+_FORMAT = Format(b"WINDOWS\0", 2, "a window snapshot")
 
 _NONE = np.iinfo(np.int64).min  # no extremum
 _NO_PREVIOUS = -1
@@ -752,6 +749,17 @@ class _Answers:
         return self.layout.logs.index(source)
 
 
+#: Columns of a snapshot: of each entity its key, newest event time and number of entries by log; of
+#: each entry, by entity and log, its time, values to sum and to compare.
+_LIVE = ("keys", "newest", "lengths", "times", "values", "peaks")
+
+
+def _used(keys: npt.NDArray[np.uint8]) -> int:
+    """Return the length of the longest key, 1 or more."""
+    used = np.flatnonzero(keys.any(axis=0))
+    return int(used[-1]) + 1 if len(used) else 1
+
+
 def _plain(column: npt.NDArray[Any], dtype: Any) -> npt.NDArray[Any]:
     flags = column.flags
     if column.dtype == dtype and flags.c_contiguous and flags.writeable:
@@ -820,37 +828,23 @@ class WindowState:
 
     def snapshot(self) -> bytes:
         """Return the state as versioned bytes: a described header and trimmed arrays."""
-        keys, newest, lengths, times, values, peaks = self._live()
-        width = keys.shape[1]
-        description = {
+        live = dict(zip(_LIVE, self._live(), strict=True))
+        live["keys"] = live["keys"][:, : _used(live["keys"])]
+        head = {
             **self.layout.description(),
             "clock": self.clock,
-            "entities": len(keys),
-            "key_width": width,
-            "entries": len(times),
+            "entities": len(live["keys"]),
+            "entries": len(live["times"]),
         }
-        head = msgspec.json.encode(description)
-        parts = [_HEADER.pack(_MAGIC, FORMAT, len(head)), head]
-        parts += [a.tobytes() for a in (keys, newest, lengths, times, values, peaks)]
-        return b"".join(parts)
+        return _FORMAT.pack(head, live)
 
     @staticmethod
     def describe(snapshot: bytes) -> dict[str, Any]:
-        """Return a snapshot's header: view, key, logs, frontier, entities, entries.
+        """Return a snapshot's header: view, key, logs, clock, entities, entries and so on.
 
         Raises ValueError for bytes that are not a snapshot, or of another format.
         """
-        if len(snapshot) < _HEADER.size or not snapshot.startswith(_MAGIC):
-            raise ValueError("these bytes are not a window snapshot")
-        _, version, length = _HEADER.unpack_from(snapshot)
-        if version != FORMAT:
-            raise ValueError(
-                f"the window snapshot has format {version}, this version reads {FORMAT}; resume "
-                "it with the version that wrote it, or start from an offline state"
-            )
-        head: dict[str, Any] = msgspec.json.decode(snapshot[_HEADER.size : _HEADER.size + length])
-        head["body"] = _HEADER.size + length
-        return head
+        return _FORMAT.describe(snapshot)
 
     @staticmethod
     def check(layout: Layout, snapshot: bytes) -> dict[str, Any]:
@@ -876,26 +870,9 @@ class WindowState:
         Raises ValueError if it is of another format or another view, or if it is truncated.
         """
         head = WindowState.check(layout, snapshot)
-        n, width, entries = head["entities"], head["key_width"], head["entries"]
-        n_logs = len(layout.logs)
-        shapes = [
-            (np.uint8, (n, width)),
-            (np.int64, (n,)),
-            (np.int64, (n, n_logs)),
-            (np.int64, (entries,)),
-            (np.int64, (layout.n_sums, entries)),
-            (np.int64, (layout.n_extrema, entries)),
-        ]
-        at, arrays = head["body"], []
-        for dtype, shape in shapes:
-            size = int(np.prod(shape))
-            end = at + size * np.dtype(dtype).itemsize
-            if end > len(snapshot):
-                raise ValueError(f"the snapshot of view {layout.view.name!r} is truncated")
-            arrays.append(np.frombuffer(snapshot, dtype, size, at).reshape(shape))
-            at = end
+        columns = _FORMAT.unpack(snapshot)
         state = WindowState(layout)
-        state._fill(*arrays, clock=head["clock"])
+        state._fill(*(columns[name] for name in _LIVE), clock=head["clock"])
         return state
 
     def _empty(self, entities: int, entries: int, key_width: int) -> _Arrays:
@@ -921,7 +898,7 @@ class WindowState:
         )
 
     def _live(self) -> tuple[npt.NDArray[Any], ...]:
-        """Return what some window may still need: keys, newest, lengths, times, values, peaks."""
+        """Return what some window may still need: the columns `_LIVE`."""
         state = self._arrays
         n = self.entities
         lengths = np.zeros((n, state.meta.shape[1]), np.int64)
@@ -1090,8 +1067,7 @@ class WindowShards:
             _replace(self._arrays, shard, self._states[shard]._arrays)
 
     def _widen(self, keys: npt.NDArray[np.uint8]) -> None:
-        used = np.flatnonzero(keys.any(axis=0))
-        width = int(used[-1]) + 1 if len(used) else 1
+        width = _used(keys)
         for shard, state in enumerate(self._states):
             if width > state._arrays.keys.shape[1]:
                 state._widen(width)

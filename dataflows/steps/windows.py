@@ -2,6 +2,11 @@
 
 Bytewax keeps state by *virtual shard*, not by entity: a shard holds all entities whose keys hash
 to it, so there are few keys to route, wake and snapshot, and rescaling moves whole shards.
+
+It writes, at every snapshot, the whole state of the keys that got an item in the epoch. With one
+worker, all rows of an epoch go to one key, a page of the journal, and a shard's key gets an item
+only when its turn has come to be written (features/journal.py). In a cluster, a page's key could
+belong to another worker than the shards of its rows, so there every shard's rows go to its key.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from dataflows.metrics import METRICS
 from features.batch import EventBatch, in_order
 from features.declare import FeatureView
 from features.events import DTYPES, Event, column_kinds
+from features.journal import Base, Journal, Page, resume
 from features.keys import group_by_shard
 from features.state_dir import StateDir
 from features.windows import (
@@ -35,14 +41,27 @@ from features.windows import (
 log = structlog.get_logger()
 
 _NO_STATE = -1
+_ALL = -1  # shards
+#: Pages that the journal goes round: each is written over after so many epochs with rows, and
+#: every shard's state is written once in that time.
+_PAGES = 32
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How window state is kept: over how many virtual shards, and where a new one starts from."""
+    """How window state is kept.
+
+    Attributes:
+        count: virtual shards.
+        start: where a shard without a snapshot starts from; None: empty.
+        journal: whether snapshots write a journal of rows and some shards, instead of all shards
+            that had any. Needs a recovery store, one worker, and a source that does not go on
+            before a snapshot is taken.
+    """
 
     count: int
     start: StateDir | None = None
+    journal: bool = False
 
 
 @operator
@@ -60,40 +79,25 @@ def windows(
     """
     layout = Layout.of(view, sources, shards.count)
     _warm_up(layout)
-    names = [f"s{shard:03d}" for shard in range(shards.count)]
     # By thread. Not `threading.local`: the engine's threads are not Python's, and what is local to
     # them is gone at the next call.
     workers: dict[int, _Worker] = {}
-    woken = False
 
     def worker() -> _Worker:
         found = workers.get(get_ident())
         if found is None:
-            found = workers[get_ident()] = _Worker(layout, shards.start)
+            found = workers[get_ident()] = _Worker(layout, shards)
         return found
 
     def split(batches: list[EventBatch]) -> Iterable[tuple[str, _Part]]:
-        nonlocal woken
         batch = in_order(batches)
-        if batch is None:
-            return
-        if not woken:
-            # Every shard takes its first state now, so that the first snapshot holds them all and
-            # a later life never looks at `shards.start`, which may be gone or newer by then.
-            woken = True
-            nobody = _Grouped.of(batch.take(slice(0)), view.key, shards.count)
-            for shard, name in enumerate(names):
-                yield name, _Part(nobody, shard)
-        grouped = _Grouped.of(batch, view.key, shards.count)
-        for shard, (start, end) in enumerate(pairwise(grouped.bounds)):
-            if start < end:
-                yield names[shard], _Part(grouped, shard)
+        return () if batch is None else worker().parts(batch)
 
     def merge(_: list[tuple[str, None]]) -> Iterable[EventBatch]:
         return worker().finished()
 
-    def build(snapshot: bytes | None) -> _ShardLogic:
-        return _ShardLogic(worker(), snapshot)
+    def build(stored: Base | Page | None) -> _KeyLogic:
+        return _KeyLogic(worker(), stored)
 
     sharded: KeyedStream[_Part] = op.flat_map_batch("split", up, split)
     answered = op.stateful_batch("state", sharded, build)
@@ -116,8 +120,8 @@ class _Grouped(NamedTuple):
 
 
 class _Part:
-    """The rows of one shard in a batch, which the parts of one worker share: nothing is copied
-    unless it goes to another process."""
+    """The rows of one shard in a batch, or of all, which the parts of one worker share: nothing is
+    copied unless it goes to another process."""
 
     __slots__ = ("shard", "whole")
 
@@ -126,11 +130,14 @@ class _Part:
         self.shard = shard
 
     def __len__(self) -> int:
+        if self.shard == _ALL:
+            return len(self.whole.batch)
         bounds = self.whole.bounds
         return bounds[self.shard + 1] - bounds[self.shard]
 
     @property
     def rows(self) -> Int:
+        """Row numbers; not of all."""
         bounds = self.whole.bounds
         return self.whole.rows[bounds[self.shard] : bounds[self.shard + 1]]
 
@@ -149,10 +156,11 @@ class _Worker:
     """A worker's shards. Their logics only collect what is due: one call of the kernel does it for
     all of them, at the latest when one of them has to give its snapshot."""
 
-    def __init__(self, layout: Layout, start: StateDir | None) -> None:
+    def __init__(self, layout: Layout, shards: Shards) -> None:
         self.states = WindowShards(layout)
         self._layout = layout
-        self._start = start
+        self._shards = shards
+        self._begun: set[int] = set()
         self._until = _NO_STATE
         self._due: list[_Part] = []
         self._finished: list[EventBatch] = []
@@ -161,25 +169,118 @@ class _Worker:
         self._called = False
         self._late = METRICS.late_events.labels(layout.view.name, "yes")
         self._too_late = METRICS.late_events.labels(layout.view.name, "no")
+        # What is stored, until it is resumed: when the first rows come, or the input ends.
+        self._bases: list[Base] | None = []
+        self._pages: list[Page] = []
+        self._journal = Journal(layout)
+        self._last_page = 0  # of earlier lives
+        self._epoch = -1  # of this life, those without rows left out
+        self._epoch_over = True  # its snapshot has been taken
+        self._all_bases = True  # whether all shards are written at its end, and no rows
+        self._base_bytes = [0] * shards.count
 
-    def restored(self, snapshot: bytes) -> WindowState:
-        return WindowState.restore(self._layout, snapshot)
+    def parts(self, batch: EventBatch) -> Iterable[tuple[str, _Part]]:
+        """Return a batch's rows by key, and what wakes the keys that are to be written."""
+        view, shards = self._layout.view, self._shards
+        whole = _Grouped.of(batch, view.key, shards.count)
+        woken = self._wake()
+        if woken:
+            nobody = _Grouped.of(batch.take(slice(0)), view.key, shards.count)
+            for shard in woken:
+                yield f"s{shard:03d}", _Part(nobody, shard)
+        if shards.journal and self._epoch > 0:
+            yield f"page{self._epoch % _PAGES:02d}", _Part(whole, _ALL)
+            return
+        for shard, (start, end) in enumerate(pairwise(whole.bounds)):
+            if start < end:
+                yield f"s{shard:03d}", _Part(whole, shard)
 
-    def begin(self, shard: int, state: WindowState | None) -> None:
-        """Go on with a shard's state, or begin it where new ones start."""
-        if state is None and self._start is not None:
-            self._until = self._start.manifest.until
-            snapshot = self._start.read(self._layout.view.name, shard)
-            state = None if snapshot is None else self.restored(snapshot)
-        self.states[shard] = state or WindowState(self._layout)
+    def _wake(self) -> range:
+        """Return the shards that are to be written at this epoch's end, if rows do not wake them.
+
+        In the first epoch all: a later life then never looks at the state that new shards start
+        from, which may be gone or newer by then, and pages of earlier lives are out of use. Later
+        some, so that each is written again before a page that it needs is written over; or all,
+        when the rows have become more than the state.
+        """
+        count, journal = self._shards.count, self._shards.journal
+        if self._epoch_over:
+            self._epoch_over = False
+            self._epoch += 1
+            self._all_bases = self._epoch == 0
+            if self._all_bases:
+                return range(count)
+            return range(self._epoch % _PAGES, count, _PAGES) if journal else range(0)
+        if journal and not self._all_bases and self._journal.nbytes // 2 > sum(self._base_bytes):
+            self._all_bases = True
+            return range(count)
+        return range(0)
+
+    def remember(self, stored: Base | Page) -> int:
+        """Note what is stored under a key until it is needed; return its shard, or `_ALL`."""
+        assert self._bases is not None, "the engine loads all keys before it calls any"
+        if stored[0] == "page":
+            self._pages.append(stored)
+            return _ALL
+        self._bases.append(stored)
+        return stored[1]
+
+    def resume(self) -> None:
+        """Restore what is stored, if that was not done."""
+        if self._bases is not None:
+            self._last_page = resume(self.states, self._bases, self._pages)
+            self._begun.update(shard for _, shard, _, _ in self._bases)
+            self._bases, self._pages = None, []
+
+    def begin(self, shard: int) -> None:
+        """Begin a shard where new ones start, unless it was stored, or begun before."""
+        self.resume()
+        if shard in self._begun or shard == _ALL:
+            return
+        self._begun.add(shard)
+        if self._shards.start is not None:
+            self._until = self._shards.start.manifest.until
+            snapshot = self._shards.start.read(self._layout.view.name, shard)
+            if snapshot is not None:
+                self.states[shard] = WindowState.restore(self._layout, snapshot)
 
     def collect(self, parts: list[_Part]) -> list[None]:
         """Note what is due; return what calls `merge`."""
+        if self._shards.journal:
+            if self._epoch_over:
+                raise RuntimeError("rows of an epoch came before the last one's snapshot was taken")
+            if not self._all_bases:
+                for part in parts:
+                    if part.shard == _ALL:
+                        self._journal.add(part.whole.batch)
         self._due += parts
         if self._called:
             return []
         self._called = True
         return [None]
+
+    def base(self, shard: int) -> Base:
+        """Return what to store of a shard."""
+        self.resume()
+        self.process()
+        self._epoch_over = True
+        data = self.states[shard].snapshot()
+        self._base_bytes[shard] = len(data)
+        return ("base", shard, self._last_page + 1 + self._epoch, data)
+
+    def page(self) -> Page:
+        """Return what to store of the journal."""
+        self.resume()
+        self._epoch_over = True
+        number = self._last_page + 1 + self._epoch
+        if self._all_bases:
+            self._journal.clear()
+            return ("page", number, b"")
+        return ("page", number, self._journal.page(number))
+
+    def end(self) -> None:
+        """Note that the input has ended: every key is written once more."""
+        self._all_bases = True
 
     def process(self) -> None:
         """Process what is due."""
@@ -225,24 +326,29 @@ class _Worker:
         return finished
 
 
-class _ShardLogic(StatefulBatchLogic[_Part, None, bytes]):
-    def __init__(self, worker: _Worker, snapshot: bytes | None) -> None:
+class _KeyLogic(StatefulBatchLogic[_Part, None, Base | Page]):
+    """A shard, or a page of the journal."""
+
+    def __init__(self, worker: _Worker, stored: Base | Page | None) -> None:
         self._worker = worker
-        self._shard = -1  # Bytewax does not tell a logic its key; the items do
-        self._state = None if snapshot is None else worker.restored(snapshot)  # until then
+        # Bytewax does not tell a logic its key; what is stored, or else the items, do.
+        self._shard = None if stored is None else worker.remember(stored)
 
     def on_batch(self, values: list[_Part]) -> tuple[list[None], bool]:
-        if self._shard < 0:
+        if self._shard is None:
             self._shard = values[0].shard
-            self._worker.begin(self._shard, self._state)
-            self._state = None
+        self._worker.begin(self._shard)
         return self._worker.collect(values), StatefulBatchLogic.RETAIN
 
-    def snapshot(self) -> bytes:
-        if self._state is not None:  # resumed, and no part has come: so it is when an input ends
-            return self._state.snapshot()
-        self._worker.process()
-        return self._worker.states[self._shard].snapshot()
+    def on_eof(self) -> tuple[list[None], bool]:
+        self._worker.end()
+        return [], StatefulBatchLogic.RETAIN
+
+    def snapshot(self) -> Base | Page:
+        assert self._shard is not None
+        if self._shard == _ALL:
+            return self._worker.page()
+        return self._worker.base(self._shard)
 
 
 def _count_overlap(batch: EventBatch, layout: Layout, until: int) -> None:

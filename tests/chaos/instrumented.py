@@ -149,7 +149,7 @@ def flow() -> Dataflow:
     _hold_after(tail, "_read", "tail_scan")
     _hold_when_written()
     _hold_after(sink._SinkPartition, "snapshot", "committed")
-    _hold_after(windows._ShardLogic, "snapshot", "snapshot")
+    _hold_after(windows._KeyLogic, "snapshot", "snapshot")
     _hold_when_draining()
     if "fencing" in _off:
         _take_away_fencing()

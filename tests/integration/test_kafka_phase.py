@@ -86,12 +86,19 @@ def start(kafka: TestBroker, tmp_path: Path) -> Iterator[Start]:
     started: list[Workers] = []
 
     def launch(**options: Any) -> Workers:
-        started.append(Workers(kafka, tmp_path, **options))
+        directory = tmp_path / str(len(started))
+        directory.mkdir()
+        started.append(Workers(kafka, directory, **options))
         return started[-1]
 
     yield launch
     for workers in started:
         workers.kill()
+
+
+#: A worker that leads is put in step by a hiccup of the machine, too. So where nothing keeps it in
+#: phase, it has to be seen to decay once in so many tries.
+TRIES = {True: 1, False: 4}
 
 
 @pytest.mark.parametrize("phase_keeping", [True, False])
@@ -104,16 +111,21 @@ def test_in_a_backlog_the_light_worker_decays_only_without_phase_keeping(
     ends each epoch a tenth too late: its fourth batch is done after 1.1 epochs.
     """
     event_s = 1.1 * EPOCH_S / 4
-    workers = start(phase_keeping=phase_keeping, batch_size=1, event_s=[event_s, event_s / 10])
-    kafka.produce(workers.topic, [(n % 2, None, VALUE) for n in range(8_000)])
-    began = workers.await_start()
-    end = began + 12 * EPOCH_S + TEN_EPOCHS_S
-    await_that(lambda: time.monotonic() > end, "all epochs are over", 60)
-    share = workers.emitted(LIGHT, began, began + 2 * EPOCH_S) / 2
-    mean = workers.emitted(LIGHT, end - TEN_EPOCHS_S, end) / 10
-    heavy = workers.emitted(HEAVY, end - TEN_EPOCHS_S, end) / 10
-    print(f"light: {share:.1f} events/epoch at first, {mean:.1f} later; heavy: {heavy:.1f}")
-    assert (mean >= 0.8 * share) == phase_keeping
+
+    def keeps_its_share() -> bool:
+        workers = start(phase_keeping=phase_keeping, batch_size=1, event_s=[event_s, event_s / 10])
+        kafka.produce(workers.topic, [(n % 2, None, VALUE) for n in range(8_000)])
+        began = workers.await_start()
+        end = began + 12 * EPOCH_S + TEN_EPOCHS_S
+        await_that(lambda: time.monotonic() > end, "all epochs are over", 60)
+        workers.kill()
+        share = workers.emitted(LIGHT, began, began + 2 * EPOCH_S) / 2
+        mean = workers.emitted(LIGHT, end - TEN_EPOCHS_S, end) / 10
+        heavy = workers.emitted(HEAVY, end - TEN_EPOCHS_S, end) / 10
+        print(f"light: {share:.1f} events/epoch at first, {mean:.1f} later; heavy: {heavy:.1f}")
+        return mean >= 0.8 * share
+
+    assert all(keeps_its_share() for _ in range(TRIES[phase_keeping])) == phase_keeping
 
 
 @pytest.mark.parametrize("phase_keeping", [True, False])
@@ -126,50 +138,54 @@ def test_under_a_steady_load_the_light_worker_keeps_its_share_after_a_stall(
     stands still for longer than an epoch, and so the light one is a whole epoch ahead. An epoch's
     events of the light worker are some batches: read once per epoch, they are not all taken.
     """
-    event_s, rate, batch_size = 0.003, 250, 2
-    workers = start(
-        phase_keeping=phase_keeping,
-        batch_size=batch_size,
-        event_s=[event_s, event_s],
-        stall_s=3 * EPOCH_S,
-    )
-    # linger.ms=0: events arrive one by one.
-    producer = Producer({**kafka.config, "linger.ms": 0, "enable.idempotence": True})
-    partitions = itertools.cycle([LIGHT] + 9 * [HEAVY])
-    sent: list[tuple[float, int]] = []
-    began = time.monotonic()
 
-    def load() -> None:
-        while len(sent) < (time.monotonic() - began) * rate:
-            partition = next(partitions)
-            producer.produce(workers.topic, VALUE, partition=partition)
-            sent.append((time.monotonic(), partition))
-        producer.poll(0)
+    def keeps_its_share() -> bool:
+        event_s, rate, batch_size = 0.003, 250, 2
+        workers = start(
+            phase_keeping=phase_keeping,
+            batch_size=batch_size,
+            event_s=[event_s, event_s],
+            stall_s=3 * EPOCH_S,
+        )
+        # linger.ms=0: events arrive one by one.
+        producer = Producer({**kafka.config, "linger.ms": 0, "enable.idempotence": True})
+        partitions = itertools.cycle([LIGHT] + 9 * [HEAVY])
+        sent: list[tuple[float, int]] = []
+        began = time.monotonic()
 
-    def load_until(condition: Callable[[], bool], what: str) -> None:
-        def loaded() -> bool:
-            load()
-            return condition()
+        def load() -> None:
+            while len(sent) < (time.monotonic() - began) * rate:
+                partition = next(partitions)
+                producer.produce(workers.topic, VALUE, partition=partition)
+                sent.append((time.monotonic(), partition))
+            producer.poll(0)
 
-        await_that(loaded, what, 90)
+        def load_until(condition: Callable[[], bool], what: str) -> None:
+            def loaded() -> bool:
+                load()
+                return condition()
 
-    load_until(lambda: all(workers.batches(n) for n in (HEAVY, LIGHT)), "both workers work")
-    (workers.directory / "stall").touch()
-    load_until(lambda: not (workers.directory / "stall").exists(), "the heavy worker stalls")
-    # With phase keeping it is in step again, and has caught up, within twenty epochs after the
-    # stall of three. Without, a hiccup of the machine may put it in step, so look at once.
-    later = 20 if phase_keeping else 5
-    end = time.monotonic() + later * EPOCH_S + TEN_EPOCHS_S
-    load_until(lambda: time.monotonic() > end, "all epochs are over")
-    producer.flush(10)
+            await_that(loaded, what, 90)
 
-    begin = end - TEN_EPOCHS_S
-    came = [sum(begin <= at < end and n == p for at, n in sent) / 10 for p in (HEAVY, LIGHT)]
-    done = [workers.emitted(p, begin, end) / 10 for p in (HEAVY, LIGHT)]
-    print(
-        f"light: {came[1]:.1f} events/epoch came, {done[1]:.1f} were done; heavy {came[0]:.1f},"
-        f" {done[0]:.1f}"
-    )
-    assert (0.8 * came[LIGHT] <= done[LIGHT] <= 1.2 * came[LIGHT]) == phase_keeping
-    if phase_keeping:
-        assert done[HEAVY] >= 0.8 * came[HEAVY]
+        load_until(lambda: all(workers.batches(n) for n in (HEAVY, LIGHT)), "both workers work")
+        (workers.directory / "stall").touch()
+        load_until(lambda: not (workers.directory / "stall").exists(), "the heavy worker stalls")
+        # With phase keeping it is in step again, and has caught up, within twenty epochs after the
+        # stall of three. Without, a hiccup of the machine may put it in step, so look at once.
+        later = 20 if phase_keeping else 5
+        end = time.monotonic() + later * EPOCH_S + TEN_EPOCHS_S
+        load_until(lambda: time.monotonic() > end, "all epochs are over")
+        producer.flush(10)
+        workers.kill()
+
+        begin = end - TEN_EPOCHS_S
+        came = [sum(begin <= at < end and n == p for at, n in sent) / 10 for p in (HEAVY, LIGHT)]
+        done = [workers.emitted(p, begin, end) / 10 for p in (HEAVY, LIGHT)]
+        print(
+            f"light: {came[1]:.1f} events/epoch came, {done[1]:.1f} were done; "
+            f"heavy {came[0]:.1f}, {done[0]:.1f}"
+        )
+        caught_up = not phase_keeping or done[HEAVY] >= 0.8 * came[HEAVY]
+        return caught_up and 0.8 * came[LIGHT] <= done[LIGHT] <= 1.2 * came[LIGHT]
+
+    assert all(keeps_its_share() for _ in range(TRIES[phase_keeping])) == phase_keeping

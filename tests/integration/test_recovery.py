@@ -120,7 +120,7 @@ def test_a_store_that_does_not_fit_is_refused(flow_env: FlowEnv, tmp_path: Path)
     flow_env.await_count("predictions", 50)
     assert flow.stop() == 0
 
-    assert "shards is 16" in refusal(fresh(flow_env, SHARDS="8"))
+    assert "shards is 32" in refusal(fresh(flow_env, SHARDS="8"))
     other = flow_env.broker.topic("other", 4)
     says = refusal(fresh(flow_env, TRANSACTIONS_TOPIC=other))
     assert f"the partition '{topic}/0000" in says and "Restore the topic" in says

@@ -192,7 +192,7 @@ def test_nothing_before_until(
 def test_a_state_of_other_features_is_no_start(history: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     assert run(history, tmp_path / "f.parquet", "--until", str(MIDDLE), "--state", str(state)) == 0
-    with pytest.raises(StateError, match="has shards 16, this flow needs 8"):
+    with pytest.raises(StateError, match="has shards 32, this flow needs 8"):
         StateDir(state, FRAUD, 8)
 
 

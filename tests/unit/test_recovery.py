@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from dataflows import recovery, state
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.topics import part_name
 from dataflows.recovery import Manifest, RecoveryError, Snapshot, Store
+from dataflows.steps.windows import Shards
+from dataflows.steps.windows import windows as window_step
 from features.batch import EventBatch
 from features.fraud import CARD, SOURCES
+from features.journal import Base
 from features.windows import Layout, WindowState
 from tests.unit.test_fraud_graph import laid
 
@@ -97,6 +101,10 @@ def windows(shards: int = 16) -> WindowState:
         )
     )
     return state
+
+
+def base(shards: int = 16) -> Base:
+    return ("base", 0, 1, windows(shards).snapshot())
 
 
 def check(directory: Path, **more: Any) -> recovery.Checked:
@@ -331,7 +339,7 @@ def test_processes_may_all_create_it_at_once(directory: Path) -> None:
 
 
 def test_exactly_once_needs_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    none = recovery.Launch(None, 0, 1)
+    none = recovery.Launch(None, 0, 1, 1)
     monkeypatch.setattr(recovery, "launched", lambda: none)
     with pytest.raises(RecoveryError, match="DELIVERY=exactly_once needs .* -r DIR -s 10 -b 0"):
         recovery.open_store("fraud", "exactly_once")
@@ -412,7 +420,7 @@ def test_the_store_of_this_flow_passes(directory: Path, prepare: Callable[..., S
     prepare()
     plant(directory, "fraud.records", part_name("Transaction", 3), 17)
     plant(directory, "fraud.predictions.write", part_name("predictions", 2), (2, 17, 3, b"", "g"))
-    plant(directory, "fraud.card.state", "s000", windows().snapshot())
+    plant(directory, "fraud.card.state", "s000", base())
     plant(directory, "fraud.card.state", "s001", Raw(None))
     assert check(directory).snapshots == 4
 
@@ -452,16 +460,17 @@ def test_windows_of_another_view_or_version_are_refused(
 ) -> None:
     prepare()
     where = "part-0.sqlite3, step 'fraud.card.state', key 's000': .*"
-    plant(directory, "fraud.card.state", "s000", windows(shards=32).snapshot())
+    plant(directory, "fraud.card.state", "s000", base(shards=32))
     with pytest.raises(RecoveryError, match=f"{where}shards is 32, .* has 16.*SHARDS"):
         check(directory)
-    other = bytearray(windows().snapshot())
+    *of, data = base()
+    other = bytearray(data)
     other[8] += 1  # the format, after the magic
-    plant(directory, "fraud.card.state", "s000", bytes(other))
+    plant(directory, "fraud.card.state", "s000", (*of, bytes(other)))
     with pytest.raises(RecoveryError, match=f"{where}format"):
         check(directory)
-    plant(directory, "fraud.terminal.state", "s000", windows().snapshot())
-    plant(directory, "fraud.card.state", "s000", windows().snapshot())
+    plant(directory, "fraud.terminal.state", "s000", base())
+    plant(directory, "fraud.card.state", "s000", base())
     with pytest.raises(RecoveryError, match="'fraud.terminal.state', .*view is 'card'"):
         check(directory)
     plant(directory, "fraud.terminal.state", "s000", 5)
@@ -547,7 +556,7 @@ def filled(directory: Path, prepare: Callable[..., Store]) -> Path:
     for epoch in (4, 5):
         for partition in range(2):
             plant(directory, "fraud.records", part_name("Transaction", partition), epoch, epoch)
-    plant(directory, "fraud.card.state", "s000", windows().snapshot(), 4)
+    plant(directory, "fraud.card.state", "s000", base(), 4)
     plant(directory, "fraud.audit.write", part_name("audit", 0), (2, 9, 1, b"", "g"), 4)
     with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
         part.execute("INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES (0, 2, 1)")
@@ -567,7 +576,7 @@ def test_show_tells_what_would_be_resumed(filled: Path, capsys: pytest.CaptureFi
     assert rows["fraud.audit.write", "audit/00000"]["offset"] == 9
     card = rows["fraud.card.state", "s000"]
     assert (card["entities"], card["entries"]) == (2, 3)
-    assert card["bytes"] > len(windows().snapshot())
+    assert card["bytes"] > len(base()[3])
     assert 0 <= shown["age_s"] < 600
     assert shown["flow"] == "fraud"
 
@@ -675,3 +684,88 @@ def test_nothing_is_discarded_where_a_part_is_too_old(
         )
     assert recovery.discard_open_epoch(directory, "exactly_once") == 0
     assert len(list(recovery.snapshots([part]))) == 1
+
+
+# Journals
+
+
+def _filled_by_one_worker(directory: Path) -> list[Any]:
+    """Have a flow keep a journal, and be killed before the last batch; return the items."""
+    batches = [
+        EventBatch(
+            {
+                "source": np.full(4, SOURCES.index(CARD.of), np.uint8),
+                "card_id": np.array([b"a", b"b", b"c", b"d"]),
+                "terminal_id": np.array([b"t", b"t", b"u", b"u"]),
+                "event_time": 86_400_000 + 1000 * np.arange(4 * n, 4 * n + 4),
+                "amount": np.full(4, 100),
+                "seq": np.arange(4 * n, 4 * n + 4),
+            }
+        )
+        for n in range(6)
+    ]
+    items: list[Any] = [*batches[:-1], TestingSource.ABORT(), batches[-1]]
+    run_windows(directory, items, journal=True)
+    return items
+
+
+def run_windows(directory: Path, items: list[Any], *, journal: bool) -> list[EventBatch]:
+    out: list[EventBatch] = []
+    run_main(
+        windowed(items, out, journal=journal),
+        epoch_interval=timedelta(0),
+        recovery_config=RecoveryConfig(directory),
+    )
+    return out
+
+
+def windowed(items: list[Any], out: list[EventBatch], *, journal: bool) -> Dataflow:
+    flow = Dataflow("fraud")
+    came = op.input("in", flow, TestingSource(items))
+    answered = window_step("card", came, CARD, SOURCES, Shards(16, journal=journal))
+    op.output("out", answered, TestingSink(out))
+    return flow
+
+
+def test_a_cluster_goes_on_with_what_the_journal_of_one_worker_holds(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+    items = _filled_by_one_worker(directory)
+    kinds = {s.key[:4] for s in recovery.snapshots(recovery.parts_of(directory))}
+    assert "page" in kinds
+    flow = windowed(items, [], journal=False)
+    recovery.discard_open_epoch(directory, "exactly_once")
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        part.execute("CREATE TABLE before AS SELECT * FROM snaps")
+        part.commit()
+
+    assert recovery.fold_journals(directory, flow) > 0
+    assert recovery.fold_journals(directory, flow) == 0
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        # Killed before the pages were deleted: folded again, it comes to the same.
+        folded = part.execute("SELECT * FROM snaps ORDER BY 1, 2, 3").fetchall()
+        part.execute("INSERT OR IGNORE INTO snaps SELECT * FROM before")
+        part.commit()
+    recovery.fold_journals(directory, flow)
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        assert part.execute("SELECT * FROM snaps ORDER BY 1, 2, 3").fetchall() == folded
+        part.execute("DROP TABLE before")
+        part.commit()
+
+    (last,) = run_windows(directory, items, journal=False)[-1:]
+    counted = dict(zip(last["card_id"].tolist(), last["card_count_30d"].tolist(), strict=True))
+    assert counted == {b"a": 6.0, b"b": 6.0, b"c": 6.0, b"d": 6.0}
+
+
+def test_a_journal_without_its_shards_is_not_folded(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+    _filled_by_one_worker(directory)
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        part.execute("DELETE FROM snaps WHERE state_key = 's003'")
+        part.commit()
+    flow = windowed([], [], journal=False)
+    with pytest.raises(RecoveryError, match=r"only 15 of 16 shards are\. Put all parts"):
+        recovery.fold_journals(directory, flow)

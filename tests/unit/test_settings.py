@@ -12,6 +12,7 @@ import pytest
 from pydantic import SecretStr
 
 from dataflows.settings import Settings, SettingsError, load, table
+from features.windows import SHARDS
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
@@ -198,7 +199,7 @@ def test_a_file_that_is_not_there(environment: pytest.MonkeyPatch, tmp_path: Pat
     environment.setenv("SETTINGS_FILE", str(tmp_path / "typo.env"))
     assert re.fullmatch(r"SETTINGS_FILE=.*typo\.env: there is no such file", refusal())
     environment.setenv("SETTINGS_FILE", "")
-    assert load().shards == 16
+    assert load().shards == SHARDS
 
 
 def test_a_file_that_is_no_text(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ import bytewax.operators as op
 import numpy as np
 import pytest
 from bytewax.dataflow import Dataflow, Stream
+from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 from bytewax.recovery import RecoveryConfig, init_db_dir
 from bytewax.testing import TestingSink, TestingSource, run_main
 from confluent_kafka import Message
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dataflows.kafka.records import OutRecords, Records
 from dataflows.metrics import OUTCOMES, Metrics
+from dataflows.recovery import discard_open_epoch
 from dataflows.steps import answered as answered_step
 from dataflows.steps import decode as decode_step
 from dataflows.steps import lookup as lookup_step
@@ -37,11 +39,12 @@ from dataflows.steps.windows import Shards, windows
 from features.batch import EventBatch, in_order
 from features.events import EventDecoder
 from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
+from features.journal import Journal
 from features.offline import Replay
 from features.online_store import StoreUnavailable
 from features.profiles import CUSTOMER_PROFILE, PROFILES, TERMINAL_PROFILE
 from features.state_dir import FORMAT, StateDir, StateManifest, write_state
-from features.windows import Layout
+from features.windows import SHARDS, Layout
 from model.package import DECISIONS, Thresholds
 from tests.bad_input import ACCEPTED, APPENDED, REFUSED, wire
 from tests.bad_input import transaction as wire_transaction
@@ -188,26 +191,29 @@ def test_decode_of_nothing_but_bad_records() -> None:
 
 # Windows
 
-ROWS = st.lists(
-    st.tuples(
+
+def rows_of(at_least: int) -> st.SearchStrategy[list[Any]]:
+    row = st.tuples(
         st.sampled_from([TRANSACTION, TRANSACTION, TRANSACTION, REPORT]),
         st.sampled_from(["C1", "C2", "C3", "карта"]),
         st.sampled_from(["T1", "T2", "T3"]),
         # Steps of hours and days in arrival order; some events come late.
         st.sampled_from([0, 1000, 3_600_000, DAY, 3 * DAY, 8 * DAY, -1000, -DAY]),
         st.integers(0, 10**6),
-    ),
-    min_size=1,
-    max_size=40,
-).map(
-    lambda rows: [
-        (source, card, terminal, 1_600_000_000_000 + int(time), cents)
-        for (source, card, terminal, _, cents), time in zip(
-            rows, np.cumsum([row[3] for row in rows]), strict=True
-        )
-    ]
-)
+    )
+    return st.lists(row, min_size=at_least, max_size=40).map(
+        lambda rows: [
+            (source, card, terminal, 1_600_000_000_000 + int(time), cents)
+            for (source, card, terminal, _, cents), time in zip(
+                rows, np.cumsum([row[3] for row in rows]), strict=True
+            )
+        ]
+    )
+
+
+ROWS = rows_of(1)
 CUTS = st.lists(st.integers(0, 40), max_size=6)
+LONG_ROWS = rows_of(30)
 
 
 def both_windows(shards: Shards) -> Step:
@@ -255,7 +261,7 @@ def test_shards_on_two_workers_give_the_replays_bits(
     shards = 5
     key, layout = CARD.key, Layout.of(CARD, SOURCES, shards)
     moves = data.draw(st.frozensets(st.integers(0, shards - 1)), "shards of the other worker")
-    here, there = (windows_step._Worker(layout, None) for _ in range(2))
+    here, there = (windows_step._Worker(layout, Shards(shards)) for _ in range(2))
     out = []
     for batch in cut(rows, cuts):
         whole = windows_step._Grouped.of(batch, key, shards)
@@ -277,9 +283,13 @@ def test_shards_on_two_workers_give_the_replays_bits(
 
 
 @settings(max_examples=15, deadline=None)
-@given(ROWS, CUTS, st.integers(0, 40))
+@given(ROWS, CUTS, st.integers(0, 40), st.booleans())
 def test_windows_go_on_after_a_restart(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], cuts: list[int], stop: int
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Any],
+    cuts: list[int],
+    stop: int,
+    journal: bool,
 ) -> None:
     recovery = tmp_path_factory.mktemp("recovery")
     init_db_dir(recovery, 1)
@@ -288,8 +298,137 @@ def test_windows_go_on_after_a_restart(
     engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(recovery)}
     out = []
     for _ in range(2):
-        out += run(batches, both_windows(Shards(16)), **engine)
+        out += run(batches, both_windows(Shards(SHARDS, journal=journal)), **engine)
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
+
+
+class Killed(FixedPartitionedSource[EventBatch, int]):
+    """Batches, and before some a kill, as often as it is named."""
+
+    def __init__(self, batches: Sequence[EventBatch], kills: list[int]) -> None:
+        self.batches = batches
+        self.kills = kills
+
+    def list_parts(self) -> list[str]:
+        return ["all"]
+
+    def build_part(self, _step: str, _part: str, resume: int | None) -> KilledPart:
+        return KilledPart(self, resume or 0)
+
+
+class KilledPart(StatefulSourcePartition[EventBatch, int]):
+    def __init__(self, source: Killed, at: int) -> None:
+        self.source = source
+        self.at = at
+
+    def next_batch(self) -> list[EventBatch]:
+        if self.at in self.source.kills:
+            self.source.kills.remove(self.at)
+            raise AbortExecution
+        if self.at >= len(self.source.batches):
+            raise StopIteration
+        self.at += 1
+        return [self.source.batches[self.at - 1]]
+
+    def snapshot(self) -> int:
+        return self.at
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    LONG_ROWS,
+    CUTS,
+    st.lists(st.sampled_from(["same epoch", "next epoch", "next epoch", "next life"]), min_size=40),
+    st.integers(2, 4),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([0, 10**6]),
+)
+@example(
+    [(TRANSACTION, "C1", "T1", 1_600_000_000_000 + i, 100) for i in range(8)],
+    list(range(8)),
+    ["next epoch", "same epoch", "next epoch", "next life", *(4 * ["next epoch"])],
+    2,
+    1,
+    10**6,
+)
+def test_a_journal_and_the_shards_in_turn_hold_all(
+    rows: list[Any], cuts: list[int], then: list[str], pages: int, count: int, outweighed: int
+) -> None:
+    """As the engine calls a worker, epoch by epoch; a life goes on with what was stored."""
+    layout = Layout.of(CARD, SOURCES, count)
+    stored: dict[str, Any] = {}
+    out = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(windows_step, "_PAGES", pages)
+        patched.setattr(Journal, "nbytes", property(lambda journal: outweighed * len(journal)))
+        alive = False
+        for batch, after in zip(cut(rows, [*cuts, *range(0, 40, 2)]), then, strict=False):
+            if not alive:
+                worker = windows_step._Worker(layout, Shards(count, journal=True))
+                logics = {key: windows_step._KeyLogic(worker, stored[key]) for key in stored}
+                alive, awake = True, set()
+            for key, part in worker.parts(batch):
+                logic = logics.setdefault(key, windows_step._KeyLogic(worker, None))
+                logic.on_batch([part])
+                awake.add(key)
+            out += worker.finished()
+            if after != "same epoch":
+                stored |= {key: logics[key].snapshot() for key in sorted(awake)}
+                awake = set()
+                alive = after == "next epoch"
+    expected = Replay(replace(FRAUD, features=[CARD]), SOURCES)(events(rows))
+    merged = in_order(out)
+    assert merged is not None
+    answered = merged.take(merged["source"] == TRANSACTION)
+    for name in (*CARD.names, "seq"):
+        assert answered[name].tobytes() == expected[name].tobytes(), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    LONG_ROWS,
+    st.integers(1, 3),
+    st.lists(st.integers(1, 15), max_size=4),
+    st.integers(2, 6),
+    st.sampled_from([3, 16]),
+    st.sampled_from([0, 0, 10**6]),
+    st.sampled_from([0, 0, 1, 5]),
+)
+def test_windows_go_on_after_kills(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[Any],
+    size: int,
+    kills: list[int],
+    pages: int,
+    shards: int,
+    outweighed: int,
+    epoch_ms: int,
+) -> None:
+    """Whatever the journal has come to, with few pages to go round."""
+    recovery = tmp_path_factory.mktemp("recovery")
+    init_db_dir(recovery, 1)
+    source = Killed(cut(rows, list(range(size, len(rows), size))), kills.copy())
+    expected = answers([Replay(FRAUD, SOURCES)(events(rows))])
+    found = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(windows_step, "_PAGES", pages)
+        patched.setattr(Journal, "nbytes", property(lambda journal: outweighed * len(journal)))
+        for _ in range(len(kills) + 1):
+            discard_open_epoch(recovery, "at_least_once")
+            out: list[EventBatch] = []
+            flow = Dataflow("test")
+            steps = both_windows(Shards(shards, journal=True))
+            op.output("out", steps(op.input("in", flow, source)), TestingSink(out))
+            run_main(
+                flow,
+                epoch_interval=timedelta(milliseconds=epoch_ms),
+                recovery_config=RecoveryConfig(recovery),
+            )
+            for batch in out:
+                for name, bits in answers([batch]).items():
+                    assert bits == expected[name]
+                    found[name] = bits
+    assert found == expected
 
 
 def test_a_life_without_rows_keeps_the_windows(tmp_path: Path) -> None:
@@ -300,7 +439,7 @@ def test_a_life_without_rows_keeps_the_windows(tmp_path: Path) -> None:
     engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(tmp_path)}
     out = []
     for _ in range(3):
-        out += run(inputs, both_windows(Shards(16)), **engine)
+        out += run(inputs, both_windows(Shards(SHARDS)), **engine)
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
 
 
@@ -313,14 +452,14 @@ def test_windows_begin_with_the_state_given(tmp_path: Path) -> None:
     ]
     replay = Replay(FRAUD, SOURCES)
     replay(events(rows[:400]))
-    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, 16, int(times[400]), {})
+    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, SHARDS, int(times[400]), {})
     write_state(tmp_path / "state", manifest, replay.snapshots())
     expected = answers([replay(events(rows[400:], first_seq=400))])
 
     rest = [events(rows[a : a + 50], first_seq=a) for a in range(400, 600, 50)]
-    start = StateDir(tmp_path / "state", FRAUD, 16)
-    assert answers(run(rest, both_windows(Shards(16, start)))) == expected
-    assert answers(run(rest, both_windows(Shards(16)))) != expected
+    start = StateDir(tmp_path / "state", FRAUD, SHARDS)
+    assert answers(run(rest, both_windows(Shards(SHARDS, start)))) == expected
+    assert answers(run(rest, both_windows(Shards(SHARDS)))) != expected
 
 
 def test_a_later_life_does_not_need_the_state_given(tmp_path: Path, metrics: Metrics) -> None:
@@ -331,16 +470,16 @@ def test_a_later_life_does_not_need_the_state_given(tmp_path: Path, metrics: Met
     replay = Replay(FRAUD, SOURCES)
     replay(events(rows[:200]))
     until = rows[200][3]
-    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, 16, until, {})
+    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, SHARDS, until, {})
     write_state(tmp_path / "state", manifest, replay.snapshots())
     expected = answers([replay(events(rows[200:], first_seq=200))])
 
     init_db_dir(tmp_path, 1)
     engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(tmp_path)}
     items = [events(rows[200:201], 200), TestingSource.EOF(), events(rows[201:], 201)]
-    start = StateDir(tmp_path / "state", FRAUD, 16)
-    out = run(items, both_windows(Shards(16, start)), **engine)
-    out += run(items, both_windows(Shards(16)), **engine)
+    start = StateDir(tmp_path / "state", FRAUD, SHARDS)
+    out = run(items, both_windows(Shards(SHARDS, start)), **engine)
+    out += run(items, both_windows(Shards(SHARDS)), **engine)
     assert answers(out) == expected
     assert count(metrics, "before_state", "card") == 0
 
@@ -349,9 +488,9 @@ def test_events_that_the_state_may_hold_already_are_told(tmp_path: Path, metrics
     rows = [(TRANSACTION, "C", "T", 1_600_000_000_000 + i, 100) for i in range(10)]
     replay = Replay(FRAUD, SOURCES)
     replay(events(rows[:6]))
-    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, 16, rows[6][3], {})
+    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, SHARDS, rows[6][3], {})
     write_state(tmp_path / "state", manifest, replay.snapshots())
-    run([events(rows[4:])], both_windows(Shards(16, StateDir(tmp_path / "state", FRAUD, 16))))
+    run([events(rows[4:])], both_windows(Shards(16, StateDir(tmp_path / "state", FRAUD, SHARDS))))
     assert count(metrics, "before_state", "card") == 2
 
 
@@ -614,7 +753,7 @@ def test_what_is_refused_never_reaches_the_score() -> None:
     """The steps together: a bad record between good ones costs only itself."""
     cases = [case for bad in REFUSED[:5] for case in (bad, ACCEPTED[0])]
     accepted, _ = run_decode([records_of(cases)])
-    out = run(accepted, both_windows(Shards(16)))
+    out = run(accepted, both_windows(Shards(SHARDS)))
     counts = [int(value) for batch in out for value in batch["card_count_1d"]]
     assert counts == [1, 2, 3, 4, 5]
     assert wire(wire_transaction()) == ACCEPTED[0].value
