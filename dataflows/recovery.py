@@ -51,7 +51,8 @@ from dataflows.kafka.sink import SinkState, check_state
 from dataflows.kafka.topics import part_name
 from features import journal
 from features.seen import SeenIds
-from features.windows import Layout, WindowShards
+from features.state_dir import StateDir
+from features.windows import Layout, WindowShards, WindowState
 
 log = structlog.get_logger()
 
@@ -561,15 +562,60 @@ def discard_open_epoch(directory: Path, delivery: str) -> int:
         return 0  # a part is older than the others: Bytewax refuses to resume, and says so
     deleted = 0
     for part in parts:
-        try:
-            with closing(sqlite3.connect(part, timeout=5.0)) as connection, connection:
-                found = connection.execute("DELETE FROM snaps WHERE snap_epoch >= ?", (epoch,))
-                deleted += found.rowcount
-        except sqlite3.Error as error:
-            raise _not_writeable(part, error) from None
+        with _changing(part) as connection:
+            found = connection.execute("DELETE FROM snaps WHERE snap_epoch >= ?", (epoch,))
+            deleted += found.rowcount
     if deleted:
         log.info("snapshots of an epoch that was never complete are discarded", count=deleted)
     return deleted
+
+
+def seed_windows(directory: Path, flow: Dataflow) -> int:
+    """Store the window state that new shards start from, for views that have had no rows yet.
+
+    Otherwise the first snapshot would have to write it all, while events wait. Only where the
+    store has one part: the engine alone knows which part a key belongs to. Call it after
+    `discard_open_epoch`, if there is one worker: to the engine it looks as if a worker had run for
+    an epoch. Returns the number of shards stored.
+
+    Raises RecoveryError if the store cannot be written.
+    """
+    parts = parts_of(directory)
+    if len(parts) > 1:
+        return 0
+    seeded = 0
+    with _writing(directory):
+        epoch = resume_epoch(parts)
+        for step_id, layout, start in _windows(flow.substeps):
+            as_of = [value[-2] for _, value in _stored(parts, epoch, step_id)]
+            if start is None or any(number != journal.SEED for number in as_of):
+                continue
+            if epoch == 1:  # the engine cannot load what is from before the first
+                epoch = 2
+                with _changing(parts[0]) as connection:
+                    connection.execute(
+                        "INSERT INTO exs (ex_num, worker_count, resume_epoch) VALUES "
+                        "((SELECT IFNULL(MAX(ex_num) + 1, 0) FROM exs), 1, 1)"
+                    )
+                    connection.execute(
+                        "INSERT INTO fronts (ex_num, worker_index, worker_frontier) VALUES "
+                        "((SELECT MAX(ex_num) FROM exs), 0, 2)"
+                    )
+            rows = []
+            for shard in range(layout.shards):
+                data = start.read(layout.view.name, shard) or WindowState(layout).snapshot()
+                value = pickle.dumps(("base", shard, journal.SEED, data))
+                rows.append((step_id, journal.shard_key(shard), epoch - 1, value))
+            with _changing(parts[0]) as connection:
+                connection.execute("DELETE FROM snaps WHERE step_id = ?", (step_id,))
+                connection.executemany(
+                    "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) "
+                    "VALUES (?, ?, ?, ?)",
+                    rows,
+                )
+            seeded += len(rows)
+            log.info("the windows begin with the state given", view=layout.view.name)
+    return seeded
 
 
 def fold_journals(directory: Path, flow: Dataflow) -> int:
@@ -585,13 +631,9 @@ def fold_journals(directory: Path, flow: Dataflow) -> int:
     folded = 0
     with _writing(directory), _locked(directory / ".create.lock"):
         parts = parts_of(directory)
-        newest = list(snapshots(parts, before=resume_epoch(parts)))
-        for step_id, layout in _windows(flow.substeps):
-            stored = [
-                (snapshot, value_of(snapshot))
-                for snapshot in newest
-                if snapshot.step_id == step_id and snapshot.change is not None
-            ]
+        epoch = resume_epoch(parts)
+        for step_id, layout, _ in _windows(flow.substeps):
+            stored = list(_stored(parts, epoch, step_id))
             pages = [value for _, value in stored if value[0] == "page"]
             if not pages:
                 continue
@@ -616,22 +658,44 @@ def fold_journals(directory: Path, flow: Dataflow) -> int:
     return folded
 
 
+def last_pages(directory: Path, flow: Dataflow) -> dict[str, int]:
+    """Return the last page of the journal of each view whose shards are all stored."""
+    parts = parts_of(directory)
+    epoch = resume_epoch(parts)
+    last = {}
+    for step_id, layout, _ in _windows(flow.substeps):
+        stored = [value for _, value in _stored(parts, epoch, step_id)]
+        if sum(value[0] == "base" for value in stored) == layout.shards:
+            last[layout.view.name] = max(value[-2] for value in stored)
+    return last
+
+
+def _stored(parts: Collection[Path], epoch: int, step_id: str) -> Iterator[tuple[Snapshot, Any]]:
+    """Yield what a flow that resumes in an epoch would load for one step."""
+    for snapshot in snapshots(parts, before=epoch):
+        if snapshot.step_id == step_id and snapshot.change is not None:
+            yield snapshot, value_of(snapshot)
+
+
 def _write(snapshot: Snapshot, what: str, *values: object) -> None:
     where = " WHERE step_id = ? AND state_key = ? AND snap_epoch "
     # Older pages would come to light again.
     where += "<= ?" if what.startswith("DELETE") else "= ?"
+    with _changing(snapshot.part) as connection:
+        row = (snapshot.step_id, snapshot.key, snapshot.epoch)
+        connection.execute(what + where, (*values, *row))
+
+
+@contextmanager
+def _changing(part: Path) -> Iterator[sqlite3.Connection]:
+    """Open a part for one transaction."""
     try:
-        with closing(sqlite3.connect(snapshot.part, timeout=5.0)) as connection, connection:
-            row = (snapshot.step_id, snapshot.key, snapshot.epoch)
-            connection.execute(what + where, (*values, *row))
+        with closing(sqlite3.connect(part, timeout=5.0)) as connection, connection:
+            yield connection
     except sqlite3.Error as error:
-        raise _not_writeable(snapshot.part, error) from None
-
-
-def _not_writeable(part: Path, error: sqlite3.Error) -> RecoveryError:
-    return RecoveryError(
-        f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
-    )
+        raise RecoveryError(
+            f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
+        ) from None
 
 
 def _newest_commit(parts: Collection[Path]) -> int:
@@ -785,7 +849,7 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
         for step in steps:
             kind = type(step).__name__
             if kind == "windows":
-                ((_, layout),) = _windows([step])
+                ((_, layout, _),) = _windows([step])
                 kept = _Step(None, "", partial(journal.check, layout))
                 yield from walk(step.substeps, kept)
             elif kind == "distinct":
@@ -804,12 +868,12 @@ def _stateful(flow: Dataflow, partitions: Mapping[str, int]) -> Iterator[tuple[s
     return walk(flow.substeps, _Step(None, "", None))
 
 
-def _windows(steps: Any) -> Iterator[tuple[str, Layout]]:
-    """Yield the id of each step that keeps a view's windows, and how it does."""
+def _windows(steps: Any) -> Iterator[tuple[str, Layout, StateDir | None]]:
+    """Yield the id of each step that keeps a view's windows, how, and what they start from."""
     for step in steps:
         if type(step).__name__ == "windows":
             layout = Layout.of(step.view, step.sources, step.shards.count)
-            yield f"{step.step_id}.state", layout
+            yield f"{step.step_id}.state", layout, step.shards.start
         else:
             yield from _windows(step.substeps)
 

@@ -98,6 +98,9 @@ class Runtime:
                 recovery.discard_open_epoch(store.directory, settings.delivery)
                 if store.workers > 1:
                     recovery.fold_journals(store.directory, flow)
+                else:
+                    recovery.seed_windows(store.directory, flow)
+                runtime.shards.last_pages.update(recovery.last_pages(store.directory, flow))
                 log.info(
                     "recovery store checked",
                     directory=str(store.directory),

@@ -26,10 +26,36 @@ from features.windows import Layout, WindowShards, WindowState
 _FORMAT = Format(b"JOURNAL\0", 1, "a page of a journal")
 _CHUNK_ROWS = 65_536
 
+#: What a base is as of that holds no page's rows; pages are numbered from 1.
+SEED = 0
+
 #: What is stored of a shard: its number, the page it is as of, and the bytes of its state.
 Base = tuple[Literal["base"], int, int, bytes]
 #: What is stored of a page: its number and its bytes; empty if all bases are as of it.
 Page = tuple[Literal["page"], int, bytes]
+
+
+#: Pages that the journal goes round: each is written over after so many epochs with rows, and
+#: every shard's state is written once in that time.
+PAGES = 32
+
+
+def shard_key(shard: int) -> str:
+    """Return the key that a shard is stored under."""
+    return f"s{shard:03d}"
+
+
+def page_key(number: int) -> str:
+    """Return the key that a page is stored under, until it is written over."""
+    return f"page{number % PAGES:02d}"
+
+
+def in_turn(number: int, shards: int) -> range:
+    """Return the shards of which a base is written beside this page.
+
+    Every shard, once before each of the pages that it needs is written over.
+    """
+    return range(number % PAGES, shards, PAGES)
 
 
 class Journal:

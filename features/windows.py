@@ -922,13 +922,13 @@ class WindowState:
         clock: int,
         headroom: int = 0,
     ) -> None:
-        """Replace the arrays by ones that hold just this, with room for half as much again."""
+        """Replace the arrays by ones that hold just this, with room for a quarter more."""
         counters = self._arrays.counters
         sizes = np.maximum(2.0 ** np.ceil(np.log2(lengths + 1)), _SMALLEST_REGION)
         regions = int(sizes[lengths > 0].sum())
         self._arrays = self._empty(
-            max(64, len(keys) + len(keys) // 2),
-            max(1024, regions + regions // 2 + headroom),
+            max(64, len(keys) + len(keys) // 4),
+            max(1024, regions + regions // 4 + headroom),
             key_width=max(8, keys.shape[1]),
         )
         _import(self._arrays, keys, newest, lengths, times, values, peaks)
@@ -936,7 +936,7 @@ class WindowState:
         self._arrays.counters[_LATE:] = counters[_LATE:]
 
     def _grow(self, needed: int) -> None:
-        """Drop what expired and make room; amortised O(1) an event, since room grows by half."""
+        """Drop what expired and make room, a quarter more: amortised O(1) an event."""
         largest = int(self._arrays.meta[..., _CAPACITY].max(initial=0))
         live = self._live()
         self._fill(*live, clock=self.clock, headroom=4 * max(largest, _SMALLEST_REGION))

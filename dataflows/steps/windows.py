@@ -12,7 +12,7 @@ belong to another worker than the shards of its rows, so there every shard's row
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -27,7 +27,16 @@ from dataflows.metrics import METRICS
 from features.batch import EventBatch, in_order
 from features.declare import FeatureView
 from features.events import DTYPES, Event, column_kinds
-from features.journal import Base, Journal, Page, resume
+from features.journal import (
+    SEED,
+    Base,
+    Journal,
+    Page,
+    in_turn,
+    page_key,
+    resume,
+    shard_key,
+)
 from features.keys import group_by_shard
 from features.state_dir import StateDir
 from features.windows import (
@@ -42,9 +51,6 @@ log = structlog.get_logger()
 
 _NO_STATE = -1
 _ALL = -1  # shards
-#: Pages that the journal goes round: each is written over after so many epochs with rows, and
-#: every shard's state is written once in that time.
-_PAGES = 32
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,14 @@ class Shards:
         journal: whether snapshots write a journal of rows and some shards, instead of all shards
             that had any. Needs a recovery store, one worker, and a source that does not go on
             before a snapshot is taken.
+        last_pages: of a journal that is resumed, by view: the last page. To be filled in before
+            the flow runs; a view that is missing has nothing stored.
     """
 
     count: int
     start: StateDir | None = None
     journal: bool = False
+    last_pages: dict[str, int] = field(default_factory=dict)
 
 
 @operator
@@ -173,10 +182,11 @@ class _Worker:
         self._bases: list[Base] | None = []
         self._pages: list[Page] = []
         self._journal = Journal(layout)
-        self._last_page = 0  # of earlier lives
-        self._epoch = -1  # of this life, those without rows left out
+        # This epoch's page. The engine may split rows before it has loaded what is stored.
+        self._page = shards.last_pages.get(layout.view.name, 0)
         self._epoch_over = True  # its snapshot has been taken
         self._all_bases = True  # whether all shards are written at its end, and no rows
+        self._begins = layout.view.name not in shards.last_pages  # until all shards are awake
         self._base_bytes = [0] * shards.count
 
     def parts(self, batch: EventBatch) -> Iterable[tuple[str, _Part]]:
@@ -187,30 +197,30 @@ class _Worker:
         if woken:
             nobody = _Grouped.of(batch.take(slice(0)), view.key, shards.count)
             for shard in woken:
-                yield f"s{shard:03d}", _Part(nobody, shard)
-        if shards.journal and self._epoch > 0:
-            yield f"page{self._epoch % _PAGES:02d}", _Part(whole, _ALL)
+                yield shard_key(shard), _Part(nobody, shard)
+        if shards.journal:
+            yield page_key(self._page), _Part(whole, _ALL)
             return
         for shard, (start, end) in enumerate(pairwise(whole.bounds)):
             if start < end:
-                yield f"s{shard:03d}", _Part(whole, shard)
+                yield shard_key(shard), _Part(whole, shard)
 
     def _wake(self) -> range:
         """Return the shards that are to be written at this epoch's end, if rows do not wake them.
 
-        In the first epoch all: a later life then never looks at the state that new shards start
-        from, which may be gone or newer by then, and pages of earlier lives are out of use. Later
-        some, so that each is written again before a page that it needs is written over; or all,
-        when the rows have become more than the state.
+        Where nothing is stored, all: a later life then never looks at the state that new shards
+        start from, which may be gone or newer by then. Later, with a journal, those whose turn it
+        is, so that each is written again before a page that it needs is written over; or all, when
+        the rows have become more than the state.
         """
         count, journal = self._shards.count, self._shards.journal
         if self._epoch_over:
             self._epoch_over = False
-            self._epoch += 1
-            self._all_bases = self._epoch == 0
+            self._page += 1
+            self._all_bases, self._begins = self._begins, False
             if self._all_bases:
                 return range(count)
-            return range(self._epoch % _PAGES, count, _PAGES) if journal else range(0)
+            return in_turn(self._page, count) if journal else range(0)
         if journal and not self._all_bases and self._journal.nbytes // 2 > sum(self._base_bytes):
             self._all_bases = True
             return range(count)
@@ -227,10 +237,21 @@ class _Worker:
 
     def resume(self) -> None:
         """Restore what is stored, if that was not done."""
-        if self._bases is not None:
-            self._last_page = resume(self.states, self._bases, self._pages)
-            self._begun.update(shard for _, shard, _, _ in self._bases)
-            self._bases, self._pages = None, []
+        if self._bases is None:
+            return
+        last = resume(self.states, self._bases, self._pages)
+        expected = self._shards.last_pages.get(self._layout.view.name, 0)
+        if self._shards.journal and last != expected:
+            raise RuntimeError(
+                f"the journal of view {self._layout.view.name!r} was to end with page {expected}, "
+                f"but ends with {last}"
+            )
+        for _, shard, as_of, data in self._bases:
+            self._begun.add(shard)
+            self._base_bytes[shard] = len(data)
+            if as_of == SEED and self._shards.start is not None:
+                self._until = self._shards.start.manifest.until
+        self._bases, self._pages = None, []
 
     def begin(self, shard: int) -> None:
         """Begin a shard where new ones start, unless it was stored, or begun before."""
@@ -266,17 +287,16 @@ class _Worker:
         self._epoch_over = True
         data = self.states[shard].snapshot()
         self._base_bytes[shard] = len(data)
-        return ("base", shard, self._last_page + 1 + self._epoch, data)
+        return ("base", shard, self._page, data)
 
     def page(self) -> Page:
         """Return what to store of the journal."""
         self.resume()
         self._epoch_over = True
-        number = self._last_page + 1 + self._epoch
         if self._all_bases:
             self._journal.clear()
-            return ("page", number, b"")
-        return ("page", number, self._journal.page(number))
+            return ("page", self._page, b"")
+        return ("page", self._page, self._journal.page(self._page))
 
     def end(self) -> None:
         """Note that the input has ended: every key is written once more."""

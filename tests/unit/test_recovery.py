@@ -33,8 +33,10 @@ from dataflows.recovery import Manifest, RecoveryError, Snapshot, Store
 from dataflows.steps.windows import Shards
 from dataflows.steps.windows import windows as window_step
 from features.batch import EventBatch
-from features.fraud import CARD, SOURCES
-from features.journal import Base
+from features.fraud import CARD, FRAUD, SOURCES
+from features.journal import SEED, Base
+from features.offline import Replay
+from features.state_dir import FORMAT, StateDir, StateManifest, write_state
 from features.windows import Layout, WindowState
 from tests.unit.test_fraud_graph import laid
 
@@ -691,38 +693,50 @@ def test_nothing_is_discarded_where_a_part_is_too_old(
 
 def _filled_by_one_worker(directory: Path) -> list[Any]:
     """Have a flow keep a journal, and be killed before the last batch; return the items."""
-    batches = [
-        EventBatch(
-            {
-                "source": np.full(4, SOURCES.index(CARD.of), np.uint8),
-                "card_id": np.array([b"a", b"b", b"c", b"d"]),
-                "terminal_id": np.array([b"t", b"t", b"u", b"u"]),
-                "event_time": 86_400_000 + 1000 * np.arange(4 * n, 4 * n + 4),
-                "amount": np.full(4, 100),
-                "seq": np.arange(4 * n, 4 * n + 4),
-            }
-        )
-        for n in range(6)
-    ]
+    batches = [batch_of(n) for n in range(6)]
     items: list[Any] = [*batches[:-1], TestingSource.ABORT(), batches[-1]]
     run_windows(directory, items, journal=True)
     return items
 
 
-def run_windows(directory: Path, items: list[Any], *, journal: bool) -> list[EventBatch]:
+def batch_of(n: int) -> EventBatch:
+    """Return the n-th event of each of four cards."""
+    return EventBatch(
+        {
+            "source": np.full(4, SOURCES.index(CARD.of), np.uint8),
+            "card_id": np.array([b"a", b"b", b"c", b"d"]),
+            "terminal_id": np.array([b"t", b"t", b"u", b"u"]),
+            "event_time": 86_400_000 + 1000 * np.arange(4 * n, 4 * n + 4),
+            "amount": np.full(4, 100),
+            "seq": np.arange(4 * n, 4 * n + 4),
+        }
+    )
+
+
+def counts(batch: EventBatch) -> dict[bytes, float]:
+    return dict(zip(batch["card_id"].tolist(), batch["card_count_30d"].tolist(), strict=True))
+
+
+def run_windows(
+    directory: Path, items: list[Any], *, journal: bool, start: StateDir | None = None
+) -> list[EventBatch]:
     out: list[EventBatch] = []
+    flow = windowed(items, out, journal=journal, start=start)
+    flow.substeps[1].shards.last_pages.update(recovery.last_pages(directory, flow))
     run_main(
-        windowed(items, out, journal=journal),
+        flow,
         epoch_interval=timedelta(0),
         recovery_config=RecoveryConfig(directory),
     )
     return out
 
 
-def windowed(items: list[Any], out: list[EventBatch], *, journal: bool) -> Dataflow:
+def windowed(
+    items: list[Any], out: list[EventBatch], *, journal: bool, start: StateDir | None = None
+) -> Dataflow:
     flow = Dataflow("fraud")
     came = op.input("in", flow, TestingSource(items))
-    answered = window_step("card", came, CARD, SOURCES, Shards(16, journal=journal))
+    answered = window_step("card", came, CARD, SOURCES, Shards(16, start, journal))
     op.output("out", answered, TestingSink(out))
     return flow
 
@@ -754,8 +768,7 @@ def test_a_cluster_goes_on_with_what_the_journal_of_one_worker_holds(
         part.commit()
 
     (last,) = run_windows(directory, items, journal=False)[-1:]
-    counted = dict(zip(last["card_id"].tolist(), last["card_count_30d"].tolist(), strict=True))
-    assert counted == {b"a": 6.0, b"b": 6.0, b"c": 6.0, b"d": 6.0}
+    assert counts(last) == {b"a": 6.0, b"b": 6.0, b"c": 6.0, b"d": 6.0}
 
 
 def test_a_journal_without_its_shards_is_not_folded(
@@ -769,3 +782,40 @@ def test_a_journal_without_its_shards_is_not_folded(
     flow = windowed([], [], journal=False)
     with pytest.raises(RecoveryError, match=r"only 15 of 16 shards are\. Put all parts"):
         recovery.fold_journals(directory, flow)
+
+
+def test_the_state_given_is_stored_before_the_first_snapshot(
+    directory: Path, tmp_path: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+
+    def given(name: str, events: int) -> StateDir:
+        replay = Replay(FRAUD, SOURCES, 16)
+        for n in range(events):
+            replay(batch_of(n))
+        manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, 16, 0, {})
+        write_state(tmp_path / name, manifest, replay.snapshots())
+        return StateDir(tmp_path / name, FRAUD, 16)
+
+    def seeded(start: StateDir) -> int:
+        return recovery.seed_windows(directory, windowed([], [], journal=True, start=start))
+
+    def shards() -> list[Any]:
+        rows = recovery.snapshots(recovery.parts_of(directory))
+        return [recovery.value_of(row) for row in rows if row.step_id == "fraud.card.state"]
+
+    assert seeded(given("older", 2)) == 16
+    # No rows have come yet, so the operator may still name another state.
+    newer = given("newer", 3)
+    assert seeded(newer) == 16
+    assert {value[:3:2] for value in shards()} == {("base", SEED)} and len(shards()) == 16
+    items = [batch_of(3), TestingSource.ABORT(), batch_of(4)]
+    (out,) = run_windows(directory, items, journal=True, start=newer)
+    assert set(counts(out).values()) == {4.0}
+    recovery.discard_open_epoch(directory, "exactly_once")
+    assert sum(value[0] == "base" for value in shards()) == 16
+    assert max(value[-2] for value in shards()) == 1  # a page, and the shards whose turn it is
+
+    assert seeded(given("too late", 5)) == 0
+    (out,) = run_windows(directory, items, journal=True)
+    assert set(counts(out).values()) == {5.0}

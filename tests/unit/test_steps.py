@@ -22,9 +22,9 @@ from confluent_kafka import Message
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dataflows import recovery
 from dataflows.kafka.records import OutRecords, Records
 from dataflows.metrics import OUTCOMES, Metrics
-from dataflows.recovery import discard_open_epoch
 from dataflows.steps import answered as answered_step
 from dataflows.steps import decode as decode_step
 from dataflows.steps import lookup as lookup_step
@@ -36,6 +36,7 @@ from dataflows.steps.encode import AuditRecord, Prediction, audit, encode
 from dataflows.steps.lookup import lookup
 from dataflows.steps.score import score
 from dataflows.steps.windows import Shards, windows
+from features import journal
 from features.batch import EventBatch, in_order
 from features.events import EventDecoder
 from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
@@ -225,6 +226,17 @@ def both_windows(shards: Shards) -> Step:
     return steps
 
 
+def stored_pages(store: Path) -> dict[str, int]:
+    """Return what `recovery.last_pages` would of this store, without the flow."""
+    parts = recovery.parts_of(store)
+    last: dict[str, int] = {}
+    for found in recovery.snapshots(parts, before=recovery.resume_epoch(parts)):
+        view = found.step_id.split(".")[1]
+        if view in (CARD.name, TERMINAL.name):
+            last[view] = max(last.get(view, 0), recovery.value_of(found)[-2])
+    return last
+
+
 def cut(rows: list[Any], cuts: list[int]) -> list[EventBatch]:
     edges = [0, *sorted(c for c in cuts if c < len(rows)), len(rows)]
     return [events(rows[a:b], first_seq=a) for a, b in pairwise(edges) if b > a]
@@ -291,14 +303,15 @@ def test_windows_go_on_after_a_restart(
     stop: int,
     journal: bool,
 ) -> None:
-    recovery = tmp_path_factory.mktemp("recovery")
-    init_db_dir(recovery, 1)
+    store = tmp_path_factory.mktemp("recovery")
+    init_db_dir(store, 1)
     batches: list[Any] = cut(rows, cuts)
     batches.insert(min(stop, len(batches)), TestingSource.EOF())
-    engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(recovery)}
+    engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(store)}
     out = []
     for _ in range(2):
-        out += run(batches, both_windows(Shards(SHARDS, journal=journal)), **engine)
+        kept = Shards(SHARDS, journal=journal, last_pages=stored_pages(store))
+        out += run(batches, both_windows(kept), **engine)
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
 
 
@@ -359,12 +372,14 @@ def test_a_journal_and_the_shards_in_turn_hold_all(
     stored: dict[str, Any] = {}
     out = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(windows_step, "_PAGES", pages)
-        patched.setattr(Journal, "nbytes", property(lambda journal: outweighed * len(journal)))
+        patched.setattr(journal, "PAGES", pages)
+        patched.setattr(Journal, "nbytes", property(lambda rows: outweighed * len(rows)))
         alive = False
         for batch, after in zip(cut(rows, [*cuts, *range(0, 40, 2)]), then, strict=False):
             if not alive:
-                worker = windows_step._Worker(layout, Shards(count, journal=True))
+                last = {CARD.name: max(value[-2] for value in stored.values())} if stored else {}
+                kept = Shards(count, journal=True, last_pages=last)
+                worker = windows_step._Worker(layout, kept)
                 logics = {key: windows_step._KeyLogic(worker, stored[key]) for key in stored}
                 alive, awake = True, set()
             for key, part in worker.parts(batch):
@@ -405,24 +420,24 @@ def test_windows_go_on_after_kills(
     epoch_ms: int,
 ) -> None:
     """Whatever the journal has come to, with few pages to go round."""
-    recovery = tmp_path_factory.mktemp("recovery")
-    init_db_dir(recovery, 1)
+    store = tmp_path_factory.mktemp("recovery")
+    init_db_dir(store, 1)
     source = Killed(cut(rows, list(range(size, len(rows), size))), kills.copy())
     expected = answers([Replay(FRAUD, SOURCES)(events(rows))])
     found = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(windows_step, "_PAGES", pages)
-        patched.setattr(Journal, "nbytes", property(lambda journal: outweighed * len(journal)))
+        patched.setattr(journal, "PAGES", pages)
+        patched.setattr(Journal, "nbytes", property(lambda rows: outweighed * len(rows)))
         for _ in range(len(kills) + 1):
-            discard_open_epoch(recovery, "at_least_once")
+            recovery.discard_open_epoch(store, "at_least_once")
             out: list[EventBatch] = []
             flow = Dataflow("test")
-            steps = both_windows(Shards(shards, journal=True))
-            op.output("out", steps(op.input("in", flow, source)), TestingSink(out))
+            kept = Shards(shards, journal=True, last_pages=stored_pages(store))
+            op.output("out", both_windows(kept)(op.input("in", flow, source)), TestingSink(out))
             run_main(
                 flow,
                 epoch_interval=timedelta(milliseconds=epoch_ms),
-                recovery_config=RecoveryConfig(recovery),
+                recovery_config=RecoveryConfig(store),
             )
             for batch in out:
                 for name, bits in answers([batch]).items():
