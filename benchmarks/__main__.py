@@ -203,9 +203,9 @@ def live_state(on: Bench, report: Report, options: argparse.Namespace) -> None:
     found = [state.measure(on, cards) for cards in options.cards]
     report.section(
         "Live state",
-        f"{state.PER_CARD} transactions a card within its windows, 10,000 terminals, 2,000 "
-        "events/s; the pause is from the end of an epoch to the next look at the input, the start "
-        "from the process's to its first prediction.",
+        f"{state.PER_CARD} transactions a card within its windows, 10,000 terminals, "
+        f"{state.RATE:,} events/s; the pause is from the end of an epoch to the next look at the "
+        "input, the start from the process's to its first prediction.",
         "",
         *table(
             ["live cards", "bytes a card", "with its terminals' share", "peak MB", "store MB",

@@ -27,7 +27,7 @@ from features.windows import SHARDS
 PER_CARD = 60
 _DAY_MS = 86_400_000
 _CHUNK = 65_536
-_RATE, _SECONDS = 2_000, 32.0  # three snapshots
+RATE, _SECONDS = 10_000, 42.0  # four snapshots
 
 
 @dataclass
@@ -86,11 +86,11 @@ def measure(on: Bench, cards: int) -> State:
         "BENCH_STAGES": str(stages),
         "STATE_DIR": str(run.folder / "state"),
     }
-    count = int(_RATE * _SECONDS)
+    count = int(RATE * _SECONDS)
     process = run.start(**variables)
     with reader(run) as consumer:
         with watched(process) as usage:
-            load = run.load(count, _RATE)
+            load = run.load(count, RATE)
             for _ in receive(consumer, count, 600):
                 pass
         load.wait()

@@ -92,7 +92,7 @@ def flow() -> Dataflow:
     job = Job.from_environment()
     clients = {"bootstrap.servers": job.brokers}
     scorer = Scorer.load(job.package, names=FEATURES.names, schema_hash=FEATURES.schema_hash)
-    recovery.open_store("peers", "at_least_once")
+    store = recovery.open_store("peers", "at_least_once")
     install_drain_handlers()
     source = KafkaSource(
         [SourceTopic(job.source, Payment.stream_time)],
@@ -103,7 +103,9 @@ def flow() -> Dataflow:
     graph = Dataflow("peers")
     records = op.input("records", graph, source)
     events = decode("decode", records, EventDecoder([Payment]), [job.source])
-    card = windows("card", events.accepted, CARD, [Payment], Shards(SHARDS))
+    card = windows(
+        "card", events.accepted, CARD, [Payment], Shards(SHARDS, journal=store is not None)
+    )
     scored = score("score", card, FEATURES, scorer, scorer.manifest.thresholds, reasons=0)
     too_large = output("predictions", encode("encode", scored), KafkaSink(job.sink, clients))
     refused = op.merge("refused", events.refused, too_large)
