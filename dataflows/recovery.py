@@ -470,8 +470,12 @@ class Snapshot(NamedTuple):
     change: bytes | None
 
 
-def snapshots(parts: Collection[Path], before: int | None = None) -> Iterator[Snapshot]:
+def snapshots(
+    parts: Collection[Path], before: int | None = None, step_id: str | None = None
+) -> Iterator[Snapshot]:
     """Read all rows; or of each step and key the newest from before an epoch: what is loaded.
+
+    With `before` also of one step only.
 
     Reads only, also while a flow writes: what was committed when reading began.
     """
@@ -480,7 +484,8 @@ def snapshots(parts: Collection[Path], before: int | None = None) -> Iterator[Sn
     )
     newest = (
         f"SELECT {columns} FROM snaps JOIN (SELECT step_id, state_key, MAX(snap_epoch) AS "
-        "snap_epoch FROM snaps WHERE snap_epoch < ? GROUP BY step_id, state_key) "
+        "snap_epoch FROM snaps WHERE snap_epoch < ? AND step_id = IFNULL(?, step_id) "
+        "GROUP BY step_id, state_key) "
         "USING (step_id, state_key, snap_epoch) ORDER BY step_id, state_key"
     )
     for part in parts:
@@ -488,7 +493,7 @@ def snapshots(parts: Collection[Path], before: int | None = None) -> Iterator[Sn
             rows = (
                 connection.execute(f"SELECT {columns} FROM snaps ORDER BY step_id, state_key")
                 if before is None
-                else connection.execute(newest, (before,))
+                else connection.execute(newest, (before, step_id))
             )
             for row in rows:
                 yield Snapshot(part, *row)
@@ -534,10 +539,7 @@ def discard_open_epoch(directory: Path, delivery: str) -> int:
     Raises RecoveryError if the store cannot be written, or `delivery` rules out to go on.
     """
     parts = parts_of(directory)
-    wanted: set[int] = set()
-    for part in parts:
-        with _open(part) as connection:
-            wanted |= {n for (n,) in connection.execute("SELECT part_count FROM parts")}
+    wanted = _part_counts(parts)
     if wanted != {len(parts)}:
         what = (
             "not all parts of the recovery store are in this directory, so what a killed life left "
@@ -581,14 +583,15 @@ def seed_windows(directory: Path, flow: Dataflow) -> int:
     Raises RecoveryError if the store cannot be written.
     """
     parts = parts_of(directory)
-    if len(parts) > 1:
+    if _part_counts(parts) != {1}:
         return 0
     seeded = 0
     with _writing(directory):
         epoch = resume_epoch(parts)
         for step_id, layout, start in _windows(flow.substeps):
-            as_of = [value[-2] for _, value in _stored(parts, epoch, step_id)]
-            if start is None or any(number != journal.SEED for number in as_of):
+            if start is None:
+                continue
+            if any(value[-2] != journal.SEED for _, value in _stored(parts, epoch, step_id)):
                 continue
             if epoch == 1:  # the engine cannot load what is from before the first
                 epoch = 2
@@ -607,7 +610,9 @@ def seed_windows(directory: Path, flow: Dataflow) -> int:
                 value = pickle.dumps(("base", shard, journal.SEED, data))
                 rows.append((step_id, journal.shard_key(shard), epoch - 1, value))
             with _changing(parts[0]) as connection:
-                connection.execute("DELETE FROM snaps WHERE step_id = ?", (step_id,))
+                connection.execute(
+                    "DELETE FROM snaps WHERE step_id = ? AND snap_epoch < ?", (step_id, epoch)
+                )
                 connection.executemany(
                     "INSERT INTO snaps (step_id, state_key, snap_epoch, ser_change) "
                     "VALUES (?, ?, ?, ?)",
@@ -658,22 +663,36 @@ def fold_journals(directory: Path, flow: Dataflow) -> int:
     return folded
 
 
-def last_pages(directory: Path, flow: Dataflow) -> dict[str, int]:
-    """Return the last page of the journal of each view whose shards are all stored."""
+def stored_windows(directory: Path, flow: Dataflow) -> dict[str, journal.Stored]:
+    """Return how far what is stored of each view goes, of those whose shards are all stored.
+
+    Raises RecoveryError if a page of a journal is missing.
+    """
     parts = parts_of(directory)
     epoch = resume_epoch(parts)
-    last = {}
+    found = {}
     for step_id, layout, _ in _windows(flow.substeps):
-        stored = [value for _, value in _stored(parts, epoch, step_id)]
-        if sum(value[0] == "base" for value in stored) == layout.shards:
-            last[layout.view.name] = max(value[-2] for value in stored)
-    return last
+        # Without the bytes, which may be a gigabyte.
+        stored = [(*value[:-1], b"") for _, value in _stored(parts, epoch, step_id)]
+        bases = sorted(value for value in stored if value[0] == "base")
+        pages = [value for value in stored if value[0] == "page"]
+        if len(bases) < layout.shards:
+            continue
+        try:
+            journal.needed(bases, pages, layout.shards)
+        except ValueError as error:
+            raise RecoveryError(
+                f"{directory}, step {step_id!r}: {error}. Restore a backup; or {_NEW_DIRECTORY}"
+            ) from None
+        last = max(number for *_, number, _ in stored)
+        found[layout.view.name] = journal.Stored(last, [as_of for _, _, as_of, _ in bases])
+    return found
 
 
 def _stored(parts: Collection[Path], epoch: int, step_id: str) -> Iterator[tuple[Snapshot, Any]]:
     """Yield what a flow that resumes in an epoch would load for one step."""
-    for snapshot in snapshots(parts, before=epoch):
-        if snapshot.step_id == step_id and snapshot.change is not None:
+    for snapshot in snapshots(parts, before=epoch, step_id=step_id):
+        if snapshot.change is not None:
             yield snapshot, value_of(snapshot)
 
 
@@ -696,6 +715,15 @@ def _changing(part: Path) -> Iterator[sqlite3.Connection]:
         raise RecoveryError(
             f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
         ) from None
+
+
+def _part_counts(parts: Collection[Path]) -> set[int]:
+    """Return of how many parts the store is, as the parts say that are here."""
+    counts = set()
+    for part in parts:
+        with _open(part) as connection:
+            counts |= {n for (n,) in connection.execute("SELECT part_count FROM parts")}
+    return counts
 
 
 def _newest_commit(parts: Collection[Path]) -> int:

@@ -100,7 +100,7 @@ class Runtime:
                     recovery.fold_journals(store.directory, flow)
                 else:
                     recovery.seed_windows(store.directory, flow)
-                runtime.shards.last_pages.update(recovery.last_pages(store.directory, flow))
+                runtime.shards.stored.update(recovery.stored_windows(store.directory, flow))
                 log.info(
                     "recovery store checked",
                     directory=str(store.directory),

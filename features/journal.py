@@ -11,9 +11,10 @@ Pages are numbered. A base is *as of* a page: it holds that page's rows and all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,17 @@ Base = tuple[Literal["base"], int, int, bytes]
 Page = tuple[Literal["page"], int, bytes]
 
 
-#: Pages that the journal goes round: each is written over after so many epochs with rows, and
-#: every shard's state is written once in that time.
+#: Pages that the journal goes round: each is written over after so many epochs with rows.
 PAGES = 32
+#: Rows of pages that a resume may have to process again, about: some 1 µs each.
+MOST_ROWS = 4_000_000
+
+
+class Stored(NamedTuple):
+    """How far what is stored of a view's windows goes: the last page, and each shard's base."""
+
+    last: int
+    as_of: Sequence[int]
 
 
 def shard_key(shard: int) -> str:
@@ -50,12 +59,22 @@ def page_key(number: int) -> str:
     return f"page{number % PAGES:02d}"
 
 
-def in_turn(number: int, shards: int) -> range:
-    """Return the shards of which a base is written beside this page.
+def in_turn(as_of: Sequence[int], rows: int) -> list[int]:
+    """Return the shards to write beside the next page: those whose bases are the oldest.
 
-    Every shard, once before each of the pages that it needs is written over.
+    So many that each is written again before a page that it needs is written over, and that the
+    pages needed hold about `MOST_ROWS` at most, if each has so many `rows` as the last one.
+
+    Args:
+        as_of: which page each shard's base is as of.
+        rows: of the last page.
+
+    >>> in_turn([7, 5, 6, 7], 0), in_turn([7, 5, 6, 7], MOST_ROWS // 2)
+    ([1], [1, 2])
     """
-    return range(number % PAGES, shards, PAGES)
+    share = max(1 / PAGES, min(1.0, rows / MOST_ROWS))
+    oldest = sorted(range(len(as_of)), key=lambda shard: as_of[shard])
+    return oldest[: math.ceil(share * len(as_of))]
 
 
 class Journal:
@@ -100,7 +119,7 @@ class Journal:
     def add(self, batch: EventBatch) -> None:
         """Append a batch's rows. Amortised O(rows)."""
         columns = {name: batch[name] for name in self._names}
-        columns["key"] = key_bytes(batch[self._layout.view.key])
+        columns["#key"] = key_bytes(batch[self._layout.view.key])
         end = self._rows + len(batch)
         for name, column in columns.items():
             kept = self._columns.get(name)
@@ -115,13 +134,15 @@ class Journal:
 
     def page(self, number: int) -> bytes:
         """Return the rows as bytes, and forget them."""
-        head = {"view": self._layout.view.name, "page": number, "rows": self._rows}
+        head = {**_described(self._layout), "page": number, "rows": self._rows}
         data = _FORMAT.pack(head, {name: c[: self._rows] for name, c in self._columns.items()})
-        self._rows = 0
+        self.clear()
         return data
 
     def clear(self) -> None:
-        """Forget the rows."""
+        """Forget the rows, and give up memory that was for many more."""
+        if any(len(column) > 8 * max(self._rows, 1024) for column in self._columns.values()):
+            self._columns = {}
         self._rows = 0
 
 
@@ -133,6 +154,15 @@ def _grown(
     if kept is not None:
         grown[(slice(rows), *map(slice, kept.shape[1:]))] = kept[:rows]
     return grown
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    """What a page must agree on with the view that processes its rows again."""
+    return {
+        "view": layout.view.name,
+        "sources": [source.__name__ for source in layout.sources],
+        "pages": PAGES,
+    }
 
 
 def describe(stored: Base | Page) -> dict[str, Any]:
@@ -160,8 +190,31 @@ def check(layout: Layout, stored: Base | Page) -> None:
         WindowState.check(layout, stored[3])
         if not 0 <= stored[1] < layout.shards:
             raise ValueError(f"there is no shard {stored[1]}, but {layout.shards} of them")
-    elif head and head["view"] != layout.view.name:
-        raise ValueError(f"the page's view is {head['view']!r}, the step has {layout.view.name!r}")
+    for name, expected in _described(layout).items() if stored[0] == "page" and head else ():
+        if head[name] != expected:
+            raise ValueError(
+                f"the {name} of the journal's page are {head[name]!r}, this version has "
+                f"{expected!r}; let the version that wrote it write all shards once (run it as a "
+                "cluster), or start from an offline state"
+            )
+
+
+def needed(bases: Collection[Base], pages: Iterable[Page], shards: int) -> list[Page]:
+    """Return the pages that are newer than some shard's base, in order.
+
+    Raises ValueError if one is missing.
+    """
+    oldest = min((as_of for _, _, as_of, _ in bases), default=SEED)
+    if len(bases) < shards:
+        oldest = SEED
+    newer = sorted((page for page in pages if page[1] > oldest), key=lambda page: page[1])
+    numbers = [number for _, number, _ in newer]
+    if numbers and oldest != SEED:
+        numbers.insert(0, oldest)
+    for number, following in pairwise(numbers):
+        if number < following - 1:
+            raise ValueError(f"page {number + 1} of the journal of rows is missing")
+    return newer
 
 
 def resume(states: WindowShards, bases: Iterable[Base], pages: Iterable[Page]) -> int:
@@ -172,19 +225,14 @@ def resume(states: WindowShards, bases: Iterable[Base], pages: Iterable[Page]) -
 
     Raises ValueError if what is stored does not fit the view, or a page is missing.
     """
-    as_of = np.zeros(len(states), np.int64)
-    last = 0
-    for base in bases:
-        _, shard, number, data = base
+    as_of = np.full(len(states), SEED)
+    last = SEED
+    bases = list(bases)
+    for _, shard, number, data in bases:
         states[shard] = WindowState.restore(states.layout, data)
         as_of[shard] = number
         last = max(last, number)
-    oldest = int(as_of.min())
-    needed = sorted((page for page in pages if page[1] > oldest), key=lambda page: page[1])
-    for (_, number, _), (_, following, _) in pairwise(needed):
-        if number < following - 1:
-            raise ValueError(f"page {number + 1} of the journal of rows is missing")
-    for _, number, data in needed:
+    for _, number, data in needed(bases, pages, len(states)):
         last = max(last, number)
         if data:
             _replay(states, _FORMAT.unpack(data), np.flatnonzero(as_of < number))
@@ -195,7 +243,7 @@ def _replay(
     states: WindowShards, columns: dict[str, npt.NDArray[Any]], behind: npt.NDArray[np.int64]
 ) -> None:
     """Have the shards `behind` process the rows that are theirs."""
-    keys = columns.pop("key")
+    keys = columns.pop("#key")
     columns[states.layout.view.key] = np.ascontiguousarray(keys).view(f"S{keys.shape[1]}")[:, 0]
     page = EventBatch(columns)
     for start in range(0, len(page), _CHUNK_ROWS):

@@ -32,6 +32,7 @@ from features.journal import (
     Base,
     Journal,
     Page,
+    Stored,
     in_turn,
     page_key,
     resume,
@@ -63,14 +64,14 @@ class Shards:
         journal: whether snapshots write a journal of rows and some shards, instead of all shards
             that had any. Needs a recovery store, one worker, and a source that does not go on
             before a snapshot is taken.
-        last_pages: of a journal that is resumed, by view: the last page. To be filled in before
-            the flow runs; a view that is missing has nothing stored.
+        stored: of views that are resumed, how far what is stored goes, by name. To be filled in
+            before the flow runs.
     """
 
     count: int
     start: StateDir | None = None
     journal: bool = False
-    last_pages: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
 
 
 @operator
@@ -182,12 +183,17 @@ class _Worker:
         self._bases: list[Base] | None = []
         self._pages: list[Page] = []
         self._journal = Journal(layout)
-        # This epoch's page. The engine may split rows before it has loaded what is stored.
-        self._page = shards.last_pages.get(layout.view.name, 0)
+        # The engine may split rows before it has loaded what is stored.
+        nothing = Stored(SEED, [SEED] * shards.count)
+        self._expected = shards.stored.get(layout.view.name, nothing)
+        # This epoch's page; without a journal all that matters is that rows are no seed.
+        self._page = self._expected.last if shards.journal else max(self._expected.last, 1)
+        self._as_of = list(self._expected.as_of)
+        self._base_bytes = [0] * shards.count
+        self._rows = 0  # of the last page
+        self._begins = layout.view.name not in shards.stored  # until all shards are awake
         self._epoch_over = True  # its snapshot has been taken
         self._all_bases = True  # whether all shards are written at its end, and no rows
-        self._begins = layout.view.name not in shards.last_pages  # until all shards are awake
-        self._base_bytes = [0] * shards.count
 
     def parts(self, batch: EventBatch) -> Iterable[tuple[str, _Part]]:
         """Return a batch's rows by key, and what wakes the keys that are to be written."""
@@ -205,26 +211,27 @@ class _Worker:
             if start < end:
                 yield shard_key(shard), _Part(whole, shard)
 
-    def _wake(self) -> range:
+    def _wake(self) -> Sequence[int]:
         """Return the shards that are to be written at this epoch's end, if rows do not wake them.
 
         Where nothing is stored, all: a later life then never looks at the state that new shards
         start from, which may be gone or newer by then. Later, with a journal, those whose turn it
-        is, so that each is written again before a page that it needs is written over; or all, when
-        the rows have become more than the state.
+        is; or all, when the rows have become more than the state.
         """
-        count, journal = self._shards.count, self._shards.journal
+        everything = range(self._shards.count)
         if self._epoch_over:
             self._epoch_over = False
-            self._page += 1
             self._all_bases, self._begins = self._begins, False
-            if self._all_bases:
-                return range(count)
-            return in_turn(self._page, count) if journal else range(0)
-        if journal and not self._all_bases and self._journal.nbytes // 2 > sum(self._base_bytes):
+            if self._shards.journal:
+                self._page += 1
+                if not self._all_bases:
+                    return in_turn(self._as_of, self._rows)
+            return everything if self._all_bases else ()
+        outweighs = self._journal.nbytes // 2 > sum(self._base_bytes)
+        if self._shards.journal and not self._all_bases and outweighs:
             self._all_bases = True
-            return range(count)
-        return range(0)
+            return everything
+        return ()
 
     def remember(self, stored: Base | Page) -> int:
         """Note what is stored under a key until it is needed; return its shard, or `_ALL`."""
@@ -239,12 +246,13 @@ class _Worker:
         """Restore what is stored, if that was not done."""
         if self._bases is None:
             return
+        if self._pages and not self._shards.journal:
+            raise RuntimeError("a journal is stored, and this flow keeps none: fold it first")
         last = resume(self.states, self._bases, self._pages)
-        expected = self._shards.last_pages.get(self._layout.view.name, 0)
-        if self._shards.journal and last != expected:
+        if self._shards.journal and last != self._expected.last:
             raise RuntimeError(
-                f"the journal of view {self._layout.view.name!r} was to end with page {expected}, "
-                f"but ends with {last}"
+                f"the journal of view {self._layout.view.name!r} was to end with page "
+                f"{self._expected.last}, but ends with {last}"
             )
         for _, shard, as_of, data in self._bases:
             self._begun.add(shard)
@@ -286,13 +294,14 @@ class _Worker:
         self.process()
         self._epoch_over = True
         data = self.states[shard].snapshot()
-        self._base_bytes[shard] = len(data)
+        self._base_bytes[shard], self._as_of[shard] = len(data), self._page
         return ("base", shard, self._page, data)
 
     def page(self) -> Page:
         """Return what to store of the journal."""
         self.resume()
         self._epoch_over = True
+        self._rows = len(self._journal)
         if self._all_bases:
             self._journal.clear()
             return ("page", self._page, b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -27,11 +28,24 @@ def snapshots(states: WindowShards) -> list[bytes]:
     return [states[shard].snapshot() for shard in range(SHARDS)]
 
 
+@pytest.fixture(scope="module")
+def chunked() -> Iterator[None]:
+    """Pages are processed some rows at a time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(journal, "_CHUNK_ROWS", 7)
+        yield
+
+
 @pytest.mark.parametrize("name", VIEWS)
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, epochs=CUTS, inner=CUTS, data=st.data())
 def test_bases_and_pages_give_the_state_that_was_there(
-    name: str, rows: list[Row], epochs: list[int], inner: list[int], data: st.DataObject
+    chunked: None,
+    name: str,
+    rows: list[Row],
+    epochs: list[int],
+    inner: list[int],
+    data: st.DataObject,
 ) -> None:
     layout = layout_of(name)
     states, kept = WindowShards(layout), Journal(layout)
@@ -76,6 +90,45 @@ def test_a_missing_page_is_told() -> None:
         pages.append(("page", number, kept.page(number)))
     with pytest.raises(ValueError, match="page 2 of the journal of rows is missing"):
         journal.resume(WindowShards(layout), [], [pages[2], pages[0]])
+
+
+def test_the_first_page_needed_may_not_be_missing_either() -> None:
+    layout = layout_of("plain")
+    data = WindowShards(layout)[0].snapshot()
+    bases: list[Base] = [("base", shard, 3 + shard, data) for shard in range(SHARDS)]
+    pages: list[Page] = [("page", number, b"") for number in range(1, 7)]
+    found = journal.needed(bases, reversed(pages), SHARDS)
+    assert [number for _, number, _ in found] == [4, 5, 6]
+    with pytest.raises(ValueError, match="page 4 of the journal of rows is missing"):
+        journal.needed(bases, pages[4:], SHARDS)
+
+
+@given(
+    st.integers(1, 70),
+    st.lists(st.sampled_from([0, 10, journal.MOST_ROWS // 3, 2 * journal.MOST_ROWS]), max_size=150),
+)
+def test_no_page_is_written_over_that_a_shard_needs(count: int, rows: list[int]) -> None:
+    as_of = [0] * count
+    for page, had in enumerate(rows, start=1):
+        for shard in journal.in_turn(as_of, had):
+            as_of[shard] = page
+        assert min(as_of) >= page - journal.PAGES
+        if page > 4 and min(rows[page - 4 : page]) >= journal.MOST_ROWS // 3 and count >= 3:
+            assert min(as_of) >= page - 3  # so at most three such pages are processed again
+
+
+def test_a_page_of_other_event_types_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows say by number what they are."""
+    layout = layout_of("plain")
+    kept = Journal(layout)
+    kept.add(batch_of([Row(next(iter(SOURCES)), "a", 1, 5)]))
+    page: Page = ("page", 1, kept.page(1))
+    other = Layout.of(VIEWS["plain"], list(reversed(SOURCES)), SHARDS)
+    with pytest.raises(ValueError, match=r"the sources of the journal's page are \['Sale"):
+        journal.check(other, page)
+    monkeypatch.setattr(journal, "PAGES", 16)
+    with pytest.raises(ValueError, match="the pages of the journal's page are 32"):
+        journal.check(layout, page)
 
 
 def test_what_is_stored_is_checked_against_the_view() -> None:

@@ -722,7 +722,7 @@ def run_windows(
 ) -> list[EventBatch]:
     out: list[EventBatch] = []
     flow = windowed(items, out, journal=journal, start=start)
-    flow.substeps[1].shards.last_pages.update(recovery.last_pages(directory, flow))
+    flow.substeps[1].shards.stored.update(recovery.stored_windows(directory, flow))
     run_main(
         flow,
         epoch_interval=timedelta(0),
@@ -817,5 +817,33 @@ def test_the_state_given_is_stored_before_the_first_snapshot(
     assert max(value[-2] for value in shards()) == 1  # a page, and the shards whose turn it is
 
     assert seeded(given("too late", 5)) == 0
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        # As if another part were elsewhere, and with it what the engine has noted of its epochs.
+        part.execute("UPDATE parts SET part_count = 2")
+        part.commit()
+    before = shards()
+    assert seeded(newer) == 0 and shards() == before
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        part.execute("UPDATE parts SET part_count = 1")
+        part.commit()
     (out,) = run_windows(directory, items, journal=True)
     assert set(counts(out).values()) == {5.0}
+
+
+def test_a_page_that_is_missing_is_told_before_the_flow_starts(
+    directory: Path, prepare: Callable[..., Store]
+) -> None:
+    prepare()
+    _filled_by_one_worker(directory)
+    flow = windowed([], [], journal=True)
+    recovery.discard_open_epoch(directory, "exactly_once")
+    assert recovery.stored_windows(directory, flow)["card"].last == 5
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        part.execute("DELETE FROM snaps WHERE state_key = 'page03'")
+        part.commit()
+    with pytest.raises(RecoveryError, match="'fraud.card.state': page 3 .* missing. Restore"):
+        recovery.stored_windows(directory, flow)
+    with closing(sqlite3.connect(directory / "part-0.sqlite3")) as part:
+        part.execute("DELETE FROM snaps WHERE state_key = 's003'")
+        part.commit()
+    assert recovery.stored_windows(directory, flow) == {}

@@ -40,12 +40,12 @@ from features import journal
 from features.batch import EventBatch, in_order
 from features.events import EventDecoder
 from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
-from features.journal import Journal
+from features.journal import SEED, Journal, Stored
 from features.offline import Replay
 from features.online_store import StoreUnavailable
 from features.profiles import CUSTOMER_PROFILE, PROFILES, TERMINAL_PROFILE
 from features.state_dir import FORMAT, StateDir, StateManifest, write_state
-from features.windows import SHARDS, Layout
+from features.windows import SHARDS, Layout, WindowState
 from model.package import DECISIONS, Thresholds
 from tests.bad_input import ACCEPTED, APPENDED, REFUSED, wire
 from tests.bad_input import transaction as wire_transaction
@@ -226,15 +226,18 @@ def both_windows(shards: Shards) -> Step:
     return steps
 
 
-def stored_pages(store: Path) -> dict[str, int]:
-    """Return what `recovery.last_pages` would of this store, without the flow."""
-    parts = recovery.parts_of(store)
-    last: dict[str, int] = {}
-    for found in recovery.snapshots(parts, before=recovery.resume_epoch(parts)):
-        view = found.step_id.split(".")[1]
-        if view in (CARD.name, TERMINAL.name):
-            last[view] = max(last.get(view, 0), recovery.value_of(found)[-2])
-    return last
+def stored_in(store: Path) -> dict[str, Stored]:
+    """Return what `recovery.stored_windows` does, for a flow of both windows."""
+    shards = Shards(SHARDS)
+    rows = recovery.snapshots(recovery.parts_of(store))
+    count = len({row.key for row in rows if row.key.startswith("s0")}) or shards.count
+    flow = Dataflow("test")
+    op.output(
+        "out",
+        both_windows(Shards(count))(op.input("in", flow, TestingSource([]))),
+        TestingSink([]),
+    )
+    return recovery.stored_windows(store, flow)
 
 
 def cut(rows: list[Any], cuts: list[int]) -> list[EventBatch]:
@@ -310,7 +313,7 @@ def test_windows_go_on_after_a_restart(
     engine = {"epoch_interval": timedelta(0), "recovery_config": RecoveryConfig(store)}
     out = []
     for _ in range(2):
-        kept = Shards(SHARDS, journal=journal, last_pages=stored_pages(store))
+        kept = Shards(SHARDS, journal=journal, stored=stored_in(store))
         out += run(batches, both_windows(kept), **engine)
     assert answers(out) == answers([Replay(FRAUD, SOURCES)(events(rows))])
 
@@ -377,8 +380,10 @@ def test_a_journal_and_the_shards_in_turn_hold_all(
         alive = False
         for batch, after in zip(cut(rows, [*cuts, *range(0, 40, 2)]), then, strict=False):
             if not alive:
-                last = {CARD.name: max(value[-2] for value in stored.values())} if stored else {}
-                kept = Shards(count, journal=True, last_pages=last)
+                bases = sorted(value for value in stored.values() if value[0] == "base")
+                last = max((value[-2] for value in stored.values()), default=0)
+                known = {CARD.name: Stored(last, [base[2] for base in bases])} if bases else {}
+                kept = Shards(count, journal=True, stored=known)
                 worker = windows_step._Worker(layout, kept)
                 logics = {key: windows_step._KeyLogic(worker, stored[key]) for key in stored}
                 alive, awake = True, set()
@@ -432,7 +437,7 @@ def test_windows_go_on_after_kills(
             recovery.discard_open_epoch(store, "at_least_once")
             out: list[EventBatch] = []
             flow = Dataflow("test")
-            kept = Shards(shards, journal=True, last_pages=stored_pages(store))
+            kept = Shards(shards, journal=True, stored=stored_in(store))
             op.output("out", both_windows(kept)(op.input("in", flow, source)), TestingSink(out))
             run_main(
                 flow,
@@ -444,6 +449,72 @@ def test_windows_go_on_after_kills(
                     assert bits == expected[name]
                     found[name] = bits
     assert found == expected
+
+
+def test_rows_before_the_snapshot_of_the_epoch_before_are_an_error() -> None:
+    worker = windows_step._Worker(Layout.of(CARD, SOURCES, 1), Shards(1, journal=True))
+    batches = cut([(TRANSACTION, "C1", "T1", 1_600_000_000_000 + i, 100) for i in range(2)], [1])
+    logics = {"s000": windows_step._KeyLogic(worker, None)}
+    for key, part in worker.parts(batches[0]):
+        logics.setdefault(key, windows_step._KeyLogic(worker, None)).on_batch([part])
+    early = list(worker.parts(batches[1]))
+    logics["s000"].snapshot()
+    with pytest.raises(RuntimeError, match="rows of an epoch came before the last one's snapshot"):
+        windows_step._KeyLogic(worker, None).on_batch([early[-1][1]])
+
+
+def test_rows_that_outweigh_the_state_are_not_written() -> None:
+    """A few cards with an epoch of many rows: all shards, and an empty page."""
+    layout = Layout.of(CARD, SOURCES, 4)
+    worker = windows_step._Worker(layout, Shards(4, journal=True))
+    logics: dict[str, Any] = {}
+
+    def epoch(batches: int) -> list[Any]:
+        awake = set()
+        for _ in range(batches):
+            # Reports are no concern of the card's windows: they do not add to the state.
+            rows = [(REPORT, f"C{i % 5}", "T1", 1_600_000_000_000, 100) for i in range(200)]
+            for key, part in worker.parts(events(rows)):
+                logics.setdefault(key, windows_step._KeyLogic(worker, None)).on_batch([part])
+                awake.add(key)
+            worker.finished()
+        return [logics[key].snapshot() for key in sorted(awake)]
+
+    first = epoch(1)
+    assert [kept[0] for kept in first] == ["page", *(["base"] * 4)] and first[0][2] == b""
+    few = epoch(1)
+    assert [kept[0] for kept in few] == ["page", "base"] and few[0][2]
+    many = epoch(9)
+    assert [kept[0] for kept in many] == ["page", *(["base"] * 4)] and many[0][2] == b""
+    assert {kept[-2] for kept in many} == {3}
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        (Shards(1), "a journal is stored, and this flow keeps none"),
+        (Shards(1, journal=True), "was to end with page 0, but ends with 2"),
+    ],
+)
+def test_a_journal_that_was_not_reckoned_with_is_an_error(kept: Shards, says: str) -> None:
+    layout = Layout.of(CARD, SOURCES, 1)
+    pages = Journal(layout)
+    pages.add(events([(TRANSACTION, "C1", "T1", 1_600_000_000_000, 100)]))
+    worker = windows_step._Worker(layout, kept)
+    windows_step._KeyLogic(worker, ("page", 2, pages.page(2)))
+    logic = windows_step._KeyLogic(worker, ("base", 0, 1, WindowState(layout).snapshot()))
+    with pytest.raises(RuntimeError, match=says):
+        logic.snapshot()
+
+
+def test_rows_of_a_cluster_are_never_taken_for_a_seed() -> None:
+    """Whichever worker's input they came from: the number of a base says whether it has rows."""
+    layout = Layout.of(CARD, SOURCES, 1)
+    reading, keeping = (windows_step._Worker(layout, Shards(1)) for _ in range(2))
+    logic = windows_step._KeyLogic(keeping, None)
+    rows = events([(TRANSACTION, "C1", "T1", 1_600_000_000_000, 100)])
+    logic.on_batch([pickle.loads(pickle.dumps(part)) for _, part in reading.parts(rows)])
+    assert logic.snapshot()[2] != SEED
 
 
 def test_a_life_without_rows_keeps_the_windows(tmp_path: Path) -> None:
