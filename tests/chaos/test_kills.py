@@ -94,15 +94,19 @@ def test_what_a_killed_life_stored_of_its_last_epoch_is_forgotten(
 
     The next life ends that epoch without an event, so nothing overwrites them.
     """
-    run = make_run(Setting("exactly_once"), random.Random(SEED), off=off)
-    run.kill(Kill("committed", nth=3, victim=0, all=False, after_s=0, early=False))
-    variables = run.flow.variables
-    run.flow.variables = {**variables, "CHAOS_DRAIN": "yes"}
-    run.flow.start()
-    assert run.flow.await_end() == [0]
-    run.flow.variables = variables
-    verdict = run.finish()
-    assert bool(verdict.violations) == bool(off)
+
+    def has_violations() -> bool:
+        run = make_run(Setting("exactly_once"), random.Random(SEED), off=off)
+        run.kill(Kill("committed", nth=3, victim=0, all=False, after_s=0, early=False))
+        variables = run.flow.variables
+        run.flow.variables = {**variables, "CHAOS_DRAIN": "yes"}
+        run.flow.start()
+        assert run.flow.await_end() == [0]
+        run.flow.variables = variables
+        return bool(run.finish().violations)
+
+    # Whether the engine has come to store them by then is a matter of milliseconds.
+    assert any(has_violations() for _ in range(4 if off else 1)) == bool(off)
 
 
 def test_without_the_tail_scan_records_come_twice(make_run: MakeRun) -> None:
