@@ -72,8 +72,13 @@ def test_a_tail_outlives_an_epoch(make_run: MakeRun, off: str) -> None:
     run = make_run(Setting("exactly_once"), random.Random(SEED), off=off)
     # A backlog is published in one epoch, and the epoch lost.
     await_that(lambda: run.load.sent > 4000, "a backlog", 60)
-    run.kill(Kill("committed", nth=1, victim=0, all=False, after_s=0, early=False))
-    lost = run.reader.ends([run.topics["audit"]])
+    # (Its first commit may be of another topic than the one that is looked at.)
+    lost = 0
+    for nth in range(1, 8):
+        run.kill(Kill("committed", nth=nth, victim=0, all=False, after_s=0, early=False))
+        lost = sum(run.reader.ends([run.topics["audit"]]).values())
+        if lost > 3000:
+            break
     # Slowly now: some epochs are stored that hold a part of it each.
     variables = run.flow.variables
     run.flow.variables = {**variables, "BATCH_SIZE": "1"}
@@ -81,7 +86,7 @@ def test_a_tail_outlives_an_epoch(make_run: MakeRun, off: str) -> None:
     run.flow.variables = variables
     # That it was a part is what this test is about.
     done = sum(resume_offsets(run.flow.recovery).values())
-    assert 0 < done < sum(lost.values()), "another share of the backlog than meant: see the load"
+    assert 0 < done < lost, "another share of the backlog than meant: see the load"
     violations = run.finish().violations
     assert any("doubled" in each for each in violations) if off else violations == []
 
