@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features import journal
+from features import journal, windows
 from features.journal import Base, Journal, Page
 from features.keys import group_by_shard
 from features.packed import Format
-from features.windows import Layout, WindowShards
+from features.windows import Layout, WindowShards, WindowState
 from tests.unit.test_windows import CUTS, ROWS, SOURCES, VIEWS, Row, batch_of
 
 SHARDS = 3
@@ -24,8 +25,29 @@ def layout_of(name: str) -> Layout:
     return Layout.of(VIEWS[name], SOURCES, SHARDS)
 
 
-def snapshots(states: WindowShards) -> list[bytes]:
-    return [states[shard].snapshot() for shard in range(SHARDS)]
+def contents(states: WindowShards) -> list[Any]:
+    """Return each shard's clock, and by key what it holds, exactly.
+
+    Their order depends on history: who was forgotten and came again stands where it stood, unless
+    the state was restored in between.
+    """
+    found: list[Any] = []
+    for shard in range(SHARDS):
+        data = states[shard].snapshot()
+        columns = windows._FORMAT.unpack(data)
+        ends = np.cumsum(columns["lengths"].sum(axis=1))
+        held = {}
+        for row, key in enumerate(columns["keys"]):
+            mine = slice(ends[row] - columns["lengths"][row].sum(), ends[row])
+            held[key.tobytes().rstrip(b"\0")] = (
+                columns["newest"][row],
+                columns["lengths"][row].tolist(),
+                columns["times"][mine].tolist(),
+                columns["values"][:, mine].tolist(),
+                columns["peaks"][:, mine].tolist(),
+            )
+        found.append((WindowState.describe(data)["clock"], held))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +89,7 @@ def test_bases_and_pages_give_the_state_that_was_there(
 
     resumed = WindowShards(layout)
     assert journal.resume(resumed, bases.values(), there) == len(pages)
-    assert snapshots(resumed) == snapshots(states)
+    assert contents(resumed) == contents(states)
 
 
 def test_an_empty_page_says_that_all_bases_are_as_of_it() -> None:
@@ -75,10 +97,12 @@ def test_an_empty_page_says_that_all_bases_are_as_of_it() -> None:
     states = WindowShards(layout)
     batch = batch_of([Row(next(iter(SOURCES)), "a", 1_000_000, 5)])
     states.update(batch, *group_by_shard(batch["shop"], SHARDS))
-    bases: list[Base] = [("base", n, 7, data) for n, data in enumerate(snapshots(states))]
+    bases: list[Base] = [
+        ("base", n, 7, data) for n, data in enumerate(states[s].snapshot() for s in range(SHARDS))
+    ]
     resumed = WindowShards(layout)
     assert journal.resume(resumed, bases, [("page", 7, b""), ("page", 6, b"out of use")]) == 7
-    assert snapshots(resumed) == snapshots(states)
+    assert contents(resumed) == contents(states)
 
 
 def test_a_missing_page_is_told() -> None:
