@@ -96,9 +96,16 @@ def start(kafka: TestBroker, tmp_path: Path) -> Iterator[Start]:
         workers.kill()
 
 
-#: A worker that leads is put in step by a hiccup of the machine, too. So where nothing keeps it in
-#: phase, it has to be seen to decay once in so many tries.
-TRIES = {True: 1, False: 4}
+def verdict(keeps_its_share: Callable[[], bool], *, phase_keeping: bool) -> bool:
+    """Return whether the light worker keeps its share, as far as a hiccup of the machine lets one.
+
+    A hiccup may put a worker that leads in step, where nothing else does; and it may put one that
+    is in step out of it for an epoch or two, of the ten looked at. So it keeps its share if it
+    does in one try of three, and does not if it fails to in one of four.
+    """
+    if phase_keeping:
+        return any(keeps_its_share() for _ in range(3))
+    return all(keeps_its_share() for _ in range(4))
 
 
 @pytest.mark.parametrize("phase_keeping", [True, False])
@@ -125,7 +132,7 @@ def test_in_a_backlog_the_light_worker_decays_only_without_phase_keeping(
         print(f"light: {share:.1f} events/epoch at first, {mean:.1f} later; heavy: {heavy:.1f}")
         return mean >= 0.8 * share
 
-    assert all(keeps_its_share() for _ in range(TRIES[phase_keeping])) == phase_keeping
+    assert verdict(keeps_its_share, phase_keeping=phase_keeping) == phase_keeping
 
 
 @pytest.mark.parametrize("phase_keeping", [True, False])
@@ -188,4 +195,4 @@ def test_under_a_steady_load_the_light_worker_keeps_its_share_after_a_stall(
         caught_up = not phase_keeping or done[HEAVY] >= 0.8 * came[HEAVY]
         return caught_up and 0.8 * came[LIGHT] <= done[LIGHT] <= 1.2 * came[LIGHT]
 
-    assert all(keeps_its_share() for _ in range(TRIES[phase_keeping])) == phase_keeping
+    assert verdict(keeps_its_share, phase_keeping=phase_keeping) == phase_keeping
