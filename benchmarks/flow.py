@@ -29,7 +29,8 @@ MOST_UNITS = 36_000_000
 BARE = "bare"
 _LOOK_EVERY_S = 0.02
 _ID = re.compile(rb'"transaction_id":"([^"]+)"')
-_EVENT_TIME = re.compile(rb'"event_time":(\d+)')
+#: When it was meant to be sent, ms; see `benchmarks.load`.
+_SENT = re.compile(rb'"transaction_id":"[^"]+-(\d+)"')
 
 
 @dataclass
@@ -164,7 +165,7 @@ def steady(
         with watched(process) as usage:
             load = run.load(count, rate, keys=keys, burst=burst)
             for now, values in receive(consumer, count, seconds + 180):
-                sent = np.array([int(_EVENT_TIME.search(value)[1]) for value in values])  # type: ignore[index]
+                sent = np.array([int(_SENT.search(value)[1]) for value in values])  # type: ignore[index]
                 at_ms.append(sent)
                 late_ms.append(now * 1000 - sent)
             load.wait()

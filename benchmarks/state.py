@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.flow import watched
 from benchmarks.harness import Bench, Run, reader, receive
 from benchmarks.instrumented import Stages
-from benchmarks.load import TERMINALS
+from benchmarks.load import TERMINALS, event_times_ms
 from features.batch import EventBatch
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
 from features.offline import Replay
@@ -45,11 +45,10 @@ class State:
     resume_s: float
 
 
-def write(directory: Path, cards: int) -> tuple[float, float]:
-    """Write the window state; return bytes a card of the card view and of both views."""
-    now = int(time.time() * 1000)
+def write(directory: Path, cards: int, end_ms: int) -> tuple[float, float]:
+    """Write the window state up to `end_ms`; return bytes a card of its view and of both views."""
     total = cards * PER_CARD
-    begin = now - 29 * _DAY_MS
+    begin = end_ms - 29 * _DAY_MS
     rng = np.random.default_rng(1)
     replay = Replay(FRAUD, SOURCES)
     source = SOURCES.index(Transaction)
@@ -62,7 +61,7 @@ def write(directory: Path, cards: int) -> tuple[float, float]:
                     "source": np.full(n, source, np.uint8),
                     "card_id": np.char.mod("C%07d", number % cards).astype("S"),
                     "terminal_id": np.char.mod("T%05d", rng.integers(0, TERMINALS, n)).astype("S"),
-                    "event_time": begin + number * (29 * _DAY_MS - 60_000) // total,
+                    "event_time": begin + number * 29 * _DAY_MS // total,
                     "amount": rng.integers(1, 20_000, n),
                     "seq": number,
                 }
@@ -70,7 +69,7 @@ def write(directory: Path, cards: int) -> tuple[float, float]:
         )
     sizes = [sum(states[s].nbytes for s in range(SHARDS)) / cards for states in replay.views]
     events = {Transaction.__name__: total, FraudReport.__name__: 0}
-    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, SHARDS, now - 60_000, events)
+    manifest = StateManifest(FORMAT, FRAUD.name, FRAUD.schema_hash, SHARDS, end_ms, events)
     write_state(directory, manifest, replay.snapshots())
     return sizes[0], sum(sizes)
 
@@ -80,17 +79,18 @@ def measure(on: Bench, cards: int) -> State:
     run = on.run("at_least_once")
     run.folder.mkdir(exist_ok=True)
     stages = run.folder / "stages.json"
-    card_bytes, both_bytes = write(run.folder / "state", cards)
+    count = int(RATE * _SECONDS)
+    begin_ms = int(event_times_ms(count, cards, time.time() * 1000)[0])
+    card_bytes, both_bytes = write(run.folder / "state", cards, begin_ms)
     variables = {
         "flow": "benchmarks.instrumented",
         "BENCH_STAGES": str(stages),
         "STATE_DIR": str(run.folder / "state"),
     }
-    count = int(RATE * _SECONDS)
     process = run.start(**variables)
     with reader(run) as consumer:
         with watched(process) as usage:
-            load = run.load(count, RATE)
+            load = run.load(count, RATE, cards=cards)
             for _ in receive(consumer, count, 600):
                 pass
         load.wait()
