@@ -2,9 +2,10 @@
 
     make bench          python -m benchmarks [--only latency,stages] [--quick]
 
-Writes benchmarks/results/flow.md and its plots, from the parts that were run; ends with 1 if a
-budget is missed. What exactly-once costs and the peers have commands of their own
-(``make bench-delivery``, ``make bench-peers``).
+Writes benchmarks/results/flow.md and its plots, after each part; a part that is not run stays as it
+was (flow.json holds them), and each says of which revision it is. Ends with 1 if a budget is
+missed. What exactly-once costs and the peers have commands of their own (``make bench-delivery``,
+``make bench-peers``).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import psutil
 from rich.console import Console
 
@@ -38,8 +40,10 @@ PERCENTILES = (50, 95, 99, 99.9)
 
 @dataclass
 class Report:
-    """Sections of the page, and budgets: (what, measured, wanted, met)."""
+    """A part of the page: sections, and budgets as (what, measured, wanted, met)."""
 
+    #: What it was measured on, with which command.
+    of: str = ""
     sections: list[str] = field(default_factory=list)
     budgets: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
@@ -275,36 +279,37 @@ def main() -> int:
     chosen = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    console, report = Console(stderr=True), Report()
+    console, file = Console(stderr=True), RESULTS / "flow.json"
     RESULTS.mkdir(exist_ok=True)
+    reports: dict[str, Report] = {}
+    if file.exists():
+        reports = msgspec.json.decode(file.read_bytes(), type=dict[str, Report])
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     with bench(console) as on:
         for _ in range(3):  # a new broker compiles its code; see benchmarks/delivery.py
             steady(on, LEAST, 10_000, 15)
         for part in chosen:
             console.print(f"{part} …")
+            report = Report(f"`{command}`: {machine()}")
             PARTS[part](on, report, options)
-    verdict = table(
-        ["budget", "measured", "wanted", ""],
-        [[*each[:3], "met" if each[3] else "**missed**"] for each in report.budgets],
-    )
-    page = "\n".join(
-        [
-            "# The whole flow, measured",
-            "",
-            f"`python -m benchmarks {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-            "",
-            machine(),
-            "",
-            "## Budgets",
-            "",
-            *verdict,
-            "",
-            *report.sections,
-        ]
-    )
-    (RESULTS / "flow.md").write_text(page)
-    print(page)
-    return 0 if all(met for *_, met in report.budgets) else 1
+            reports[part] = report
+            file.write_bytes(msgspec.json.format(msgspec.json.encode(reports), indent=1) + b"\n")
+            (RESULTS / "flow.md").write_text(page(reports))
+    print(page(reports))
+    return 0 if all(met for part in chosen for *_, met in reports[part].budgets) else 1
+
+
+def page(reports: Mapping[str, Report]) -> str:
+    """Return the page: all budgets, then each part, and what it was measured on."""
+    found = [reports[part] for part in PARTS if part in reports]
+    rows = [
+        [*each[:3], "met" if each[3] else "**missed**"] for part in found for each in part.budgets
+    ]
+    lines = ["# The whole flow, measured", "", "## Budgets", ""]
+    lines += [*table(["budget", "measured", "wanted", ""], rows), ""]
+    for part in found:
+        lines += [*part.sections, f"*{part.of}*", ""]
+    return "\n".join(lines)
 
 
 def _numbers(text: str) -> list[int]:

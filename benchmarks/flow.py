@@ -95,9 +95,11 @@ def drain(
         values = (value for _, values in receive(consumer, count, 600) for value in values)
         if len({_ID.search(value)[1] for value in values}) != count:  # type: ignore[index]
             raise SystemExit(f"not each of {count} events has one prediction")
+    found = _stages(run, stages)
+    run.forget()
     first = int(np.searchsorted(counts, count / 10))
     rate = (counts[-1] - counts[first]) / (times[-1] - times[first])
-    return Drained(rate, usage.cpu_s / count * 1e6, usage.peak_mb, _stages(run, stages))
+    return Drained(rate, usage.cpu_s / count * 1e6, usage.peak_mb, found)
 
 
 def _start(run: Run, stages: bool, variables: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -170,6 +172,7 @@ def steady(
                 late_ms.append(now * 1000 - sent)
             load.wait()
     run.stop()
+    run.forget()
     at, late = np.concatenate(at_ms), np.concatenate(late_ms)
     counted = late[at >= at.min() + seconds * 200]
     units = np.clip(np.rint(counted * UNITS_PER_MS), 1, MOST_UNITS).astype(np.int64)

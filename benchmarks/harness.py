@@ -136,6 +136,12 @@ class Run:
             self.bench.guard.ended(process)
         self.processes.clear()
 
+    def forget(self) -> None:
+        """Delete its topics and its recovery store: many runs would fill the disk."""
+        for topic in self.topics.values():
+            self.bench.cluster.delete_topic(topic)
+        shutil.rmtree(self.folder / "recovery", ignore_errors=True)
+
 
 def await_that(condition: Callable[[], bool], timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s

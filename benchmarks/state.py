@@ -99,6 +99,7 @@ def measure(on: Bench, cards: int) -> State:
         store = sum(f.stat().st_size for f in (run.folder / "recovery").rglob("*"))
         resume_s = first_prediction(run)
     run.stop(signal.SIGKILL)
+    run.forget()
     return State(
         cards,
         card_bytes,
