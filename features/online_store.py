@@ -13,11 +13,11 @@ import gc
 import io
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -36,11 +36,14 @@ from features.profiles import (
     is_served,
 )
 
+Keys = npt.NDArray[np.bytes_]
+
 KEYS_PER_READ = 1_000
 """Bounds one `online_read`: SQLite limits the parameters of a statement, Redis one reply."""
 
-STORE_TIMEOUT_S = 0.5
-"""How long one read may wait for a connection, a reply, or SQLite's lock."""
+STORE_TIMEOUT_S = 1.0
+"""How long one read may wait for a connection, a reply, or SQLite's lock. Not how long an event
+waits for a read: see features.guarded_reads."""
 
 
 class StoreNotReady(RuntimeError):
@@ -61,8 +64,29 @@ class CacheCounts:
     evicted: int = 0
 
 
+class Rows(NamedTuple):
+    """What a store says of keys: values float64 [n, fields] and as_of ms float64 [n], both NaN
+    where the entity is unknown."""
+
+    values: Float64s
+    as_of: Float64s
+
+
+class Reader(Protocol):
+    """What an OnlineStore asks of the store behind it, for one view."""
+
+    @property
+    def view(self) -> ProfileView: ...
+
+    def read(self, keys: list[bytes]) -> Rows:
+        """Read distinct keys; raise StoreUnavailable if that fails."""
+
+
 class OnlineStore:
-    """Look profiles up by key. One per process; not thread-safe.
+    """Look profiles up by key, waiting for the store as long as it takes.
+
+    One per process; not thread-safe, except that `read` may be called from one thread while others
+    call the rest. A flow looks up through features.guarded_reads.
 
     >>> store = OnlineStore.open(repo, PROFILES)                                # doctest: +SKIP
     >>> values, age_ms = store.lookup(CUSTOMER_PROFILE, keys, event_time_ms)    # doctest: +SKIP
@@ -70,19 +94,24 @@ class OnlineStore:
 
     def __init__(
         self,
-        readers: dict[str, _Reader],
+        readers: Mapping[str, Reader],
         *,
         clock: Callable[[], float],
         cache_ttl_s: float,
         cache_rows: int,
     ) -> None:
+        self.clock = clock
         self._readers = readers
-        self._clock = clock
         self._caches = {
             name: ColumnCache(len(reader.view.fields), cache_rows, cache_ttl_s)
             for name, reader in readers.items()
         }
         self._counts = {name: CacheCounts() for name in readers}
+
+    @property
+    def views(self) -> list[ProfileView]:
+        """The views that can be looked up."""
+        return [reader.view for reader in self._readers.values()]
 
     @classmethod
     def open(
@@ -111,12 +140,7 @@ class OnlineStore:
         return cls(readers, clock=clock, cache_ttl_s=cache_ttl_s, cache_rows=cache_rows)
 
     def lookup(
-        self,
-        view: ProfileView,
-        keys: npt.NDArray[np.bytes_],
-        now_ms: Int64s | int,
-        *,
-        read: bool = True,
+        self, view: ProfileView, keys: Keys, now_ms: Int64s | int
     ) -> tuple[Float64s, Float64s]:
         """Return each key's fields and their age, as of the event's own time.
 
@@ -126,30 +150,58 @@ class OnlineStore:
         its age is above the view's TTL, or below zero: the store holds only the newest row, and a
         row later than the event would tell it the future (`age_ms` still says how stale it is).
 
-        Unknown entities are cached as well. All misses, each key
-        once, cost one batched read. Raises StoreUnavailable if that read fails. With
-        `read=False` nothing is read: the cache answers, however long ago it was filled.
+        Unknown entities are cached as well. All misses, each key once, cost one batched read.
+        Raises StoreUnavailable if that read fails; nothing of it is cached.
         """
-        cache, counts = self._caches[view.name], self._counts[view.name]
-        now = self._clock()
-        values, as_of, missed = cache.fetch(keys, now if read else -np.inf)
-        counts.hits += len(keys) - len(missed)
-        counts.misses += len(missed)
-        if len(missed) and read:
+        since = self.clock()
+        rows, missed = self.cached(view, keys)
+        if len(missed):
             wanted, place = np.unique(keys[missed], return_inverse=True)
-            counts.reads += 1
-            read_values, read_as_of = self._readers[view.name].read(wanted.tolist())
-            counts.evicted += cache.put(wanted, read_values, read_as_of, now)
-            values[missed], as_of[missed] = read_values[place], read_as_of[place]
-        age_ms: Float64s = now_ms - as_of
-        served = is_served(view, age_ms)
-        if not served.all():
-            values[~served] = np.nan
-        return values, age_ms
+            answer = self.read(view, wanted)
+            self.keep(view, wanted, answer, since)
+            rows.values[missed], rows.as_of[missed] = answer.values[place], answer.as_of[place]
+        age_ms, _ = as_of_event(view, rows, now_ms)
+        return rows.values, age_ms
+
+    def cached(
+        self, view: ProfileView, keys: Keys, *, expired: bool = False
+    ) -> tuple[Rows, npt.NDArray[np.intp]]:
+        """Return what the cache holds of the keys, and the positions of those it does not.
+
+        `expired`: rows past the cache's TTL are taken as well, however old.
+        """
+        now = -np.inf if expired else self.clock()
+        values, as_of, missed = self._caches[view.name].fetch(keys, now)
+        if not expired:
+            counts = self._counts[view.name]
+            counts.hits += len(keys) - len(missed)
+            counts.misses += len(missed)
+        return Rows(values, as_of), missed
+
+    def read(self, view: ProfileView, keys: Keys) -> Rows:
+        """Read distinct keys from the store, past the cache. Raises StoreUnavailable."""
+        self._counts[view.name].reads += 1
+        return self._readers[view.name].read(keys.tolist())
+
+    def keep(self, view: ProfileView, keys: Keys, rows: Rows, since: float) -> None:
+        """Cache the rows of distinct keys, read at `since` by the clock."""
+        cache, counts = self._caches[view.name], self._counts[view.name]
+        counts.evicted += cache.put(keys, rows.values, rows.as_of, since)
 
     def counts(self, view: ProfileView) -> CacheCounts:
         """Return the counters of a view's cache (live)."""
         return self._counts[view.name]
+
+
+def as_of_event(
+    view: ProfileView, rows: Rows, now_ms: Int64s | int
+) -> tuple[Float64s, npt.NDArray[np.bool_]]:
+    """Make rows NaN, in place, that the event may not use; return ages in ms and which are used."""
+    age_ms: Float64s = now_ms - rows.as_of
+    used = is_served(view, age_ms)
+    if not used.all():
+        rows.values[~used] = np.nan
+    return age_ms, used
 
 
 def freeze_gc(threshold: int = 50_000) -> None:
@@ -194,8 +246,8 @@ class _Reader:
                 f"{_FILL.format(self._repo)}"
             )
 
-    def read(self, keys: list[bytes]) -> tuple[Float64s, Float64s]:
-        """Read distinct keys: values [n, fields] and as_of ms [n], both NaN where unknown."""
+    def read(self, keys: list[bytes]) -> Rows:
+        """Read distinct keys, KEYS_PER_READ at a time. Raises StoreUnavailable."""
         values = np.full((len(keys), len(self.view.fields)), np.nan)
         as_of = np.full(len(keys), np.nan)
         for start in range(0, len(keys), KEYS_PER_READ):
@@ -205,7 +257,7 @@ class _Reader:
                 if found and stamp is not None and stamp.HasField("int64_val"):
                     as_of[row] = stamp.int64_val
                     values[row] = [_double(found.get(field)) for field in self.view.fields]
-        return values, as_of
+        return Rows(values, as_of)
 
     def _answers(self, keys: list[bytes]) -> Iterable[dict[str, Any] | None]:
         join_keys = [self.view.key]
@@ -292,7 +344,7 @@ def _connection_string(online: str) -> str:
     """Turn a Redis URL into Feast's notation, with bounded waits; leave others as they are.
 
     >>> _connection_string("redis://:secret@cache:6380/2")
-    'cache:6380,db=2,password=secret,socket_timeout=0.5,socket_connect_timeout=0.5'
+    'cache:6380,db=2,password=secret,socket_timeout=1.0,socket_connect_timeout=1.0'
     >>> _connection_string("${FEAST_REDIS}")
     '${FEAST_REDIS}'
     """
@@ -345,7 +397,7 @@ def materialize(
         table = pq.read_table(day_file(profiles, view, midnight_ms))
         keys = [key.encode() for key in table[view.key].to_pylist()]
         reader = _Reader(feast_store, view, repo)
-        newest = np.nanmax(reader.read(keys)[1], initial=-np.inf)
+        newest = np.nanmax(reader.read(keys).as_of, initial=-np.inf)
         if newest > midnight_ms and not allow_older:
             raise StoreNotReady(
                 f"{view.name} in FEAST_REPO={repo} is already as of {day_name(int(newest))}, later "
@@ -426,13 +478,21 @@ def _require_same_schema(view: ProfileView, registered: Any, repo: Path) -> None
 
 
 def _bound_waiting(online_store: Any, config: Any) -> None:
-    """Keep one failing read short: the defaults wait seconds, on the worker's thread."""
+    """Let no read wait for ever; the defaults do, or for seconds."""
     if config.online_store.type == "redis":
         from redis.backoff import NoBackoff
+        from redis.exceptions import ConnectionError
         from redis.retry import Retry
 
-        # redis-py 7 tries four times with a growing pause; once more is for a dropped connection.
-        online_store._get_client(config.online_store).set_retry(Retry(NoBackoff(), 1))
+        client = online_store._get_client(config.online_store)
+        # redis-py 7 tries four times with a growing pause, after timeouts, too; once more, at once,
+        # is for a connection that was dropped while idle.
+        client.set_retry(Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)))
+        pool = getattr(client, "connection_pool", None)  # a cluster has one per node
+        if pool is not None:
+            for name in ("socket_timeout", "socket_connect_timeout"):
+                if pool.connection_kwargs.get(name) is None:
+                    pool.connection_kwargs[name] = STORE_TIMEOUT_S
     elif config.online_store.type == "sqlite":
         milliseconds = int(STORE_TIMEOUT_S * 1000)
         online_store._get_conn(config).execute(f"PRAGMA busy_timeout = {milliseconds}")

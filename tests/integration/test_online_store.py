@@ -225,10 +225,10 @@ def check_degraded(store: OnlineStore, reads: list[list[bytes]]) -> None:
         with pytest.raises(StoreUnavailable, match="did not answer for 1 keys of customer_profile"):
             store.lookup(CUSTOMER_PROFILE, both, MIDNIGHT)
     count = len(reads)
-    store._clock.now += 1e6  # expired long ago, but all there is
-    values, age = store.lookup(CUSTOMER_PROFILE, both, MIDNIGHT, read=False)
-    assert not np.isnan(values[0]).any() and np.isnan(values[1]).all()
-    assert age[0] == 0 and np.isnan(age[1]) and len(reads) == count
+    store.clock.now += 1e6  # expired long ago, but all there is
+    rows, missed = store.cached(CUSTOMER_PROFILE, both, expired=True)
+    assert not np.isnan(rows.values[0]).any() and rows.as_of[0] == MIDNIGHT
+    assert missed.tolist() == [1] and len(reads) == count
 
 
 def test_sqlite_that_breaks(profile_files, tmp_path):
@@ -400,10 +400,21 @@ def test_feasts_own_command_works_on_the_checked_in_repository(profile_files, tm
     assert "Created feature view customer_profile" in answer.stdout
 
 
+def test_no_connection_string_lets_a_read_wait_for_ever(profile_files, redis_server, tmp_path):
+    for number, (given, expected) in enumerate([("", 1.0), (",socket_timeout=0.25", 0.25)]):
+        online = f"127.0.0.1:{redis_server.port},db={number}{given}"
+        repo = filled(tmp_path / str(number), online, profile_files, MIDNIGHT)
+        reader = OnlineStore.open(repo)._readers["customer_profile"]
+        pool = reader._online_store._get_client(reader._config.online_store).connection_pool
+        connection = pool.get_connection()
+        assert (connection.socket_timeout, connection.socket_connect_timeout) == (expected, 1.0)
+        pool.release(connection)
+
+
 def test_connection_strings_keep_secrets_whole():
     assert online_store._connection_string("rediss://me:p%40ss=1@h/3") == (
         "h:6379,db=3,ssl=true,username=me,password=p@ss=1,"
-        "socket_timeout=0.5,socket_connect_timeout=0.5"
+        "socket_timeout=1.0,socket_connect_timeout=1.0"
     )
     with pytest.raises(ValueError, match="holds a comma"):
         online_store._connection_string("redis://:a,b@h")
