@@ -50,6 +50,12 @@ bench: $(STAMP) ## rates, latencies, stages and live state on Apache Kafka, 40 m
 bench-peers: $(STAMP) ## the same job by us and by our peers, 15 minutes; rewrites its page
 	$(BIN)/python -m benchmarks.peers
 
+.PHONY: bench-overload soak
+bench-overload: $(STAMP) ## a rush of three times the usual rate, by overload policy, 12 minutes; rewrites its page
+	$(BIN)/python -m benchmarks.overload
+soak: $(STAMP) ## half an hour with a hot card, an outage and a burst: does anything grow? rewrites its page
+	$(BIN)/python -m benchmarks.soak
+
 .PHONY: bench-guard
 bench-guard: $(STAMP) ## the flow's rate over a bare loop's, against a stored band (two minutes; CI runs it)
 	$(BIN)/python -m benchmarks.guard

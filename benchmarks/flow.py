@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import psutil
 from hdrh.histogram import HdrHistogram
 
@@ -112,6 +113,11 @@ def _start(run: Run, stages: bool, variables: dict[str, str]) -> subprocess.Pope
     return run.start(flow="benchmarks.instrumented", BENCH_STAGES=file, **variables)
 
 
+def sent_ms(values: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    """Return when the event of each prediction was meant to be sent, ms."""
+    return np.array([int(_SENT.search(value)[1]) for value in values])  # type: ignore[index]
+
+
 def _stages(run: Run, stages: bool) -> Stages | None:
     if not stages:
         return None
@@ -167,7 +173,7 @@ def steady(
         with watched(process) as usage:
             load = run.load(count, rate, keys=keys, burst=burst)
             for now, values in receive(consumer, count, seconds + 180):
-                sent = np.array([int(_SENT.search(value)[1]) for value in values])  # type: ignore[index]
+                sent = sent_ms(values)
                 at_ms.append(sent)
                 late_ms.append(now * 1000 - sent)
             load.wait()

@@ -48,12 +48,19 @@ class Bench:
     feast: Path
     runs: int = 0
 
-    def run(self, delivery: str) -> Run:
-        """Return a run with topics and a recovery store of its own."""
+    def run(self, delivery: str, *, retention_bytes: int | None = None) -> Run:
+        """Return a run with topics and a recovery store of its own.
+
+        A long one should say how many bytes a partition keeps, or the disk fills.
+        """
         self.runs += 1
         topics = {name: f"{name}_{self.runs}" for name in PARTITIONS}
+        config = {}
+        if retention_bytes is not None:
+            segment = max(1_048_576, retention_bytes // 4)
+            config = {"retention.bytes": str(retention_bytes), "segment.bytes": str(segment)}
         for name, topic in topics.items():
-            self.cluster.create_topic(topic, PARTITIONS[name])
+            self.cluster.create_topic(topic, PARTITIONS[name], config=config)
         return Run(self, delivery, topics, self.folder / f"run{self.runs}")
 
 

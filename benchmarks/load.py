@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -66,6 +67,31 @@ def event_times_ms(count: int, population: int, end_ms: float) -> npt.NDArray[np
     return np.rint(end_ms - step_ms * np.arange(count)[::-1]).astype(np.int64)
 
 
+def due_by_plan(elapsed_s: float, plan: Sequence[tuple[float, float]]) -> float:
+    """Return how many events are to be sent by then, for a plan of (events/s, seconds).
+
+    >>> plan = [(10.0, 2.0), (30.0, 1.0)]
+    >>> [due_by_plan(s, plan) for s in (1.0, 2.5, 3.0, 9.0)]
+    [10.0, 35.0, 50.0, 50.0]
+    """
+    total = 0.0
+    for rate, seconds in plan:
+        within = min(max(elapsed_s, 0.0), seconds)
+        total += rate * within
+        elapsed_s -= seconds
+    return total
+
+
+def parse_plan(text: str) -> list[tuple[float, float]]:
+    """Parse ``10000:20,30000:60``, which is events/s : seconds.
+
+    >>> parse_plan("10:2,30:0.5")
+    [(10.0, 2.0), (30.0, 0.5)]
+    """
+    pairs = [step.split(":") for step in text.split(",")]
+    return [(float(rate), float(seconds)) for rate, seconds in pairs]
+
+
 def due(elapsed_s: float, rate: float, burst: float) -> float:
     """Return how many events are to be sent by then.
 
@@ -90,6 +116,9 @@ def main() -> int:
     parser.add_argument("--topic", required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--rate", type=float, help="events/s; without it, as fast as can be")
+    parser.add_argument(
+        "--plan", type=parse_plan, help="events/s:seconds,… instead of --rate, an open loop too"
+    )
     parser.add_argument("--burst", type=float, default=1, help="factor, below 5; 1: none")
     parser.add_argument("--keys", choices=KEYS, default="uniform", help="how cards are drawn")
     parser.add_argument("--cards", type=int, default=CARDS)
@@ -110,17 +139,23 @@ def main() -> int:
             "queue.buffering.max.messages": 1_000_000,
         }
     )
+    open_loop = options.rate is not None or options.plan is not None
     began = time.time()
     own_ms = event_times_ms(options.count, options.cards, began * 1000).tolist()
     sent, since = 0, 0.0
     while sent < options.count:
         now = time.time() - began
-        until = min(options.count, int(due(now, options.rate, options.burst)) if options.rate
-                    else sent + 1000)  # fmt: skip
+        if options.plan:
+            planned = int(due_by_plan(now, options.plan))
+        elif options.rate:
+            planned = int(due(now, options.rate, options.burst))
+        else:
+            planned = sent + 1000
+        until = min(options.count, planned)
         # Those since the last look were due evenly in between, to a millisecond or two.
         step = (now - since) / (until - sent) if until > sent else 0.0
         for n in range(sent, until):
-            at = began + since + (n - sent + 1) * step if options.rate else time.time()
+            at = began + since + (n - sent + 1) * step if open_loop else time.time()
             ms = int(at * 1000)
             identity = f"{options.name}{n}-{ms}"
             event = _Transaction(identity, names[n], terminals[n], own_ms[n], amounts[n])
@@ -132,7 +167,7 @@ def main() -> int:
                     producer.poll(0.01)
         sent, since = until, now
         producer.poll(0)
-        if options.rate:
+        if open_loop:
             time.sleep(_TICK_S)
     left = producer.flush(60)
     print(f"{sent - left} sent in {time.time() - began:.1f} s", flush=True)

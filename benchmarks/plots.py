@@ -73,6 +73,36 @@ def state(found: Sequence[State], file: Path) -> None:
     _save(figure, file)
 
 
+def soak(
+    minutes: Sequence[float], rss_mb: Sequence[float], lag: Sequence[float], file: Path
+) -> None:
+    """Memory and lag over time."""
+    figure, axes = plt.subplots(figsize=_SIZE)
+    axes.plot(minutes, rss_mb, color="tab:blue", label="memory")
+    axes.set(xlabel="minutes", ylabel="MB", ylim=(0, 1.2 * max(rss_mb)), title="A soak")
+    other = axes.twinx()
+    other.plot(minutes, lag, color="tab:orange", label="lag", linewidth=1)
+    other.set(ylabel="records", ylim=(0, None))
+    figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.88))
+    _save(figure, file)
+
+
+def rush(
+    median_ms: Mapping[str, Sequence[float]], before: int, rush: int, target_ms: float, file: Path
+) -> None:
+    """Median age of the outcomes by the second their events were sent in, by policy."""
+    figure, axes = plt.subplots(figsize=_SIZE)
+    axes.axvspan(before, before + rush, color="0.92", label="rush")
+    axes.axhline(target_ms, color="0.6", linewidth=1, linestyle="--", label="target")
+    for policy, values in median_ms.items():
+        axes.plot(range(len(values)), values, label=policy)
+    axes.set(yscale="log", xlabel="s", ylabel="median age of the outcomes, ms",
+             title="Three times the usual rate for a minute")  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, file)
+
+
 def _save(figure: plt.Figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=_DPI)
