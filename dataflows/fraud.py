@@ -18,8 +18,10 @@ from dataflows.steps.distinct import distinct
 from dataflows.steps.encode import audit, encode
 from dataflows.steps.lookup import lookup
 from dataflows.steps.score import score
+from dataflows.steps.short_answer import short_answer
+from dataflows.steps.triage import triage
 from dataflows.steps.windows import windows
-from features.fraud import CARD, FRAUD, SOURCES, TERMINAL
+from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, suspicious
 from features.profiles import PROFILES
 
 
@@ -40,9 +42,17 @@ def graph(run: Runtime) -> Dataflow:
     card = windows("card", fresh, CARD, SOURCES, run.shards)
     terminal = windows("terminal", card, TERMINAL, SOURCES, run.shards)
     asking = answered("answered", terminal, FRAUD, SOURCES, run.topics)
+    if run.shedding is not None:
+        ways = triage("triage", asking, run.shedding)
+        asking = ways.full
+    last = None if run.shedding is None else run.shedding.last
     profiled = lookup("profiles", asking, run.store, PROFILES)
-    scored = score("score", profiled, FRAUD, run.scorer, run.thresholds, run.reasons)
-    predictions = encode("encode", scored, FRAUD, run.scorer.version, run.topics)
+    scored = score("score", profiled, FRAUD, run.scorer, run.thresholds, run.reasons, last)
+    decided = scored
+    if run.shedding is not None:
+        short = short_answer("short", ways.short, run.shedding.last, run.thresholds, suspicious)
+        decided = op.merge("decided", scored, short)
+    predictions = encode("encode", decided, FRAUD, run.scorer.version, run.topics, run.notice)
     audited = audit("sample", scored, FRAUD, run.scorer.version, run.topics, run.audit_share)
     too_large = output("predictions", predictions, run.predictions)
     unaudited = output("audit", audited, run.audit)

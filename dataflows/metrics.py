@@ -8,14 +8,14 @@ The account must balance for each topic that is scored:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from hdrh.histogram import HdrHistogram
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import values as prometheus_values
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -29,12 +29,51 @@ LATENCY_BOUNDS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
 )  # fmt: skip
 
+SCORE_BOUNDS = (
+    0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1,
+)  # fmt: skip
+
+#: First word of every name.
+NAMESPACE = "scoring"
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
 OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 
 
-class LatencyHistogram(Collector):
-    """A latency distribution fed with arrays: exact to 1 % or 10 µs from 10 µs to an hour, then
-    "an hour".
+class ArrayHistogram(Collector):
+    """A Prometheus histogram fed with arrays: a call a micro-batch, not an event."""
+
+    def __init__(
+        self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._help = f"{NAMESPACE}_{name}", help
+        self._bounds = np.array(bounds)
+        self._buckets = np.zeros(len(bounds) + 1, np.int64)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, values: npt.NDArray[np.float64]) -> None:
+        """Add values, float64 of any length; upper bounds are closed. NaN is left out."""
+        if len(values) == 0:
+            return
+        known = values[values == values]
+        self._sum += float(known.sum())
+        self._buckets += np.bincount(
+            np.searchsorted(self._bounds, known), minlength=len(self._buckets)
+        )
+
+    def collect(self) -> Any:
+        cumulative = np.cumsum(self._buckets).tolist()
+        bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, cumulative, strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+
+
+class LatencyHistogram(ArrayHistogram):
+    """A latency distribution: exact to 1 % or 10 µs from 10 µs to an hour, then "an hour".
 
     Kept as an HDR histogram, exported as a Prometheus histogram.
     """
@@ -47,22 +86,15 @@ class LatencyHistogram(Collector):
     _MOST_UNITS = round(3600 / _UNIT_S)
 
     def __init__(self, name: str, help: str, registry: CollectorRegistry) -> None:
-        self._name, self._help = name, help
+        super().__init__(name, help, LATENCY_BOUNDS_S, registry)
         self._histogram = HdrHistogram(1, self._MOST_UNITS, 2)
-        self._bounds = np.array(LATENCY_BOUNDS_S)
-        self._buckets = np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64)
-        self._sum = 0.0
-        registry.register(self)
 
     def observe_ms(self, latencies: npt.NDArray[np.float64]) -> None:
         """Add latencies in ms, float64 of any length; negative ones (clock skew) count as 0."""
         if len(latencies) == 0:
             return
         seconds = np.maximum(latencies, 0.0) / 1000
-        self._sum += float(seconds.sum())
-        self._buckets += np.bincount(
-            np.searchsorted(self._bounds, seconds), minlength=len(self._buckets)
-        )
+        self.observe(seconds)
         # HdrHistogram drops what is out of its range, and a backlog can be hours old.
         in_range = np.clip(seconds / self._UNIT_S, 1, self._MOST_UNITS)
         steps = np.bincount((np.log(in_range) * self._STEPS + 0.5).astype(np.intp))
@@ -80,84 +112,196 @@ class LatencyHistogram(Collector):
             for p in percentiles
         }
 
-    def collect(self) -> Any:
-        cumulative = np.cumsum(self._buckets).tolist()
-        bounds = [*(f"{bound:g}" for bound in LATENCY_BOUNDS_S), "+Inf"]
-        buckets = list(zip(bounds, cumulative, strict=True))
-        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+
+class _LabelCached:
+    """Counters, gauges and histograms of one registry; a look-up of labels costs more than to
+    count, so children are kept."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def counter(self, name: str, help: str, *labels: str) -> Counter:
+        return self._cached(Counter(name, help, labels, **self._of))
+
+    def gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        return self._cached(Gauge(name, help, labels, **self._of))
+
+    def histogram(self, name: str, help: str, bounds: Sequence[float], *labels: str) -> Histogram:
+        return self._cached(Histogram(name, help, labels, buckets=bounds, **self._of))
+
+    @property
+    def _of(self) -> dict[str, Any]:
+        return {"namespace": NAMESPACE, "registry": self._registry}
+
+    @staticmethod
+    def _cached(metric: _Metric) -> _Metric:
+        metric.labels = cache(metric.labels)  # type: ignore[method-assign]
+        return metric
 
 
 class Metrics:
-    """All metrics of one process."""
+    """All metrics of one process. Their names begin with ``scoring_``."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.events = Counter(
-            "events", "Events by input topic and outcome", ["topic", "outcome"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.dead_letters = Counter(
-            "dead_letters", "Refused events by input topic and reason", ["topic", "reason"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.decisions = Counter(
-            "decisions", "Predictions by decision", ["decision"], registry=self.registry
+        of = _LabelCached(self.registry)
+        # The account, and what it is made of.
+        self._shed: dict[str, int] = {}
+        self.events = of.counter("events", "Events by input topic and outcome", "topic", "outcome")
+        self.dead_letters = of.counter(
+            "dead_letters", "Refused events by input topic and reason", "topic", "reason"
         )
-        self.late_events = Counter(
-            "late_events", "Events behind the newest of their shard, by view and whether they were "
-            "within the allowed lateness", ["view", "within"], registry=self.registry,
-        )  # fmt: skip
-        self.written = Counter(
-            "records_written", "Records on the brokers for good, by output topic", ["topic"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.suppressed = Counter(
-            "records_suppressed",
-            "Records not written again after a crash, being published already, by output topic",
-            ["topic"],
-            registry=self.registry,
+        self.decisions = of.counter("decisions", "Predictions by decision", "decision")
+        self.predictions = of.counter(
+            "predictions", "Predictions by how they were made", "score_mode"
         )
-        self.dedupe_forgotten = Counter(
-            "dedupe_forgotten",
-            "Business ids forgotten before the dedupe horizon was over, for DEDUPE_MAX_IDS",
-            registry=self.registry,
+        self.late_events = of.counter(
+            "late_events",
+            "Events behind the newest of their shard, by view and whether they were within the "
+            "allowed lateness",
+            *("view", "within"),
         )
-        self.before_state = Counter(
-            "events_before_state",
-            "Answered events from before the end of the window state that the flow began with",
-            ["view"],
-            registry=self.registry,
-        )
-        self.profiles_missing = Counter(
-            "profile_lookups_missing", "Lookups without a usable row, by Feast view", ["view"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.store_failures = Counter(
-            "store_failures", "Failed reads of the online store", ["view"], registry=self.registry
-        )
-        self.lag = Gauge("lag_records", "Records behind the end of their partitions, all topics",
-            registry=self.registry,
-        )  # fmt: skip
-        self._skipped = Counter(
+        self._skipped = of.counter(
             "events_skipped",
             "Records that retention deleted before they were read, passed over at a resume",
-            ["topic", "partition"],
-            registry=self.registry,
+            *("topic", "partition"),
         )
-        # A look-up of labels takes longer than to count.
-        for counter in vars(self).values():
-            if isinstance(counter, Counter):
-                counter.labels = cache(counter.labels)  # type: ignore[method-assign]
+        self.dedupe_forgotten = of.counter(
+            "dedupe_forgotten",
+            "Business ids forgotten before the dedupe horizon was over, for DEDUPE_MAX_IDS",
+        )
+        self.before_state = of.counter(
+            "events_before_state",
+            "Answered events from before the end of the window state that the flow began with",
+            "view",
+        )
+        # What was written.
+        self.written = of.counter(
+            "records_written", "Records on the brokers for good, by output topic", "topic"
+        )
+        self.suppressed = of.counter(
+            "records_suppressed",
+            "Records not written again after a crash, being published already, by output topic",
+            "topic",
+        )
+        self.transactions = of.counter(
+            "transactions", "Kafka transactions by output topic and result", "topic", "result"
+        )
+        self.resume_scan = of.gauge(
+            "resume_scan_records",
+            "Records published after the last snapshot that were compared at the start",
+            "topic",
+        )
+        self.producer_queue = of.gauge(
+            "producer_queue_records", "Records written and not yet confirmed", "topic"
+        )
+        # How far behind.
+        self.lag = of.gauge(
+            "lag_records", "Records behind the end of a partition", "topic", "partition"
+        )
+        self.lag_s = of.gauge(
+            "lag_seconds",
+            "Age of the oldest record of a partition that was not processed; 0 at its end",
+            *("topic", "partition"),
+        )
+        self.record_age = of.gauge(
+            "record_age_seconds", "Smallest age of a record in the last control interval"
+        )
+        self.headroom = of.gauge(
+            "retention_headroom_seconds",
+            "Time until retention deletes what is to be read next",
+            *("topic", "partition"),
+        )
+        self.last_record = of.gauge(
+            "last_record_timestamp_seconds",
+            "When the broker appended the newest record processed, by input topic",
+            "topic",
+        )
+        self.buffered = of.gauge("buffered_records", "Records read and not yet processed")
+        # Look-ups.
+        self.profile_lookups = of.counter(
+            "profile_lookups",
+            "Events by Feast view and what was known: fresh, stale (the store did not answer), or "
+            "missing",
+            *("view", "result"),
+        )
+        self.profile_age = of.gauge(
+            "profile_age_seconds", "Mean age of the rows used by the last batch", "view"
+        )
+        self.store_reads = of.counter(
+            "store_reads",
+            "Reads of the online store by Feast view: ok, failed, late, or refused (circuit open)",
+            *("view", "result"),
+        )
+        self.breaker_open = of.gauge(
+            "store_breaker_open", "1 while the online store is left alone", "view"
+        )
+        # The model.
+        self.features_missing = of.counter(
+            "features_missing", "Feature values that were not there, of events scored", "feature"
+        )
+        self.score = ArrayHistogram("score", "Scores", SCORE_BOUNDS, self.registry)
+        self.model_info = of.gauge(
+            "model_info", "1, with the model's version and schema", "version", "schema_hash"
+        )
+        # The process.
+        self.stage_s = of.histogram(
+            "stage_seconds", "Time of a micro-batch in a step", LATENCY_BOUNDS_S, "stage"
+        )
+        self.batch_events = of.histogram(
+            "batch_events", "Events of a micro-batch", (1, 4, 16, 64, 256, 1024, 4096)
+        )
+        self.busy_s = of.counter(
+            "worker_busy_seconds", "Time in which the worker had something to do"
+        )
+        self.throttled_s = of.counter(
+            "throttled_seconds", "Time in which the rate limit held records back"
+        )
+        self.overload_level = of.gauge("overload_level", "0: all events are scored in full")
+        self.brokers_reachable = of.gauge("brokers_reachable", "1 unless no broker answers")
+        self.epoch_s = of.histogram(
+            "epoch_seconds", "From one durable snapshot to the next", LATENCY_BOUNDS_S
+        )
+        self.snapshot_s = of.histogram(
+            "snapshot_seconds", "How long a snapshot stopped the worker", LATENCY_BOUNDS_S
+        )
+        self.last_epoch = of.gauge(
+            "last_epoch_timestamp_seconds", "When an epoch last became durable"
+        )
+        self.store_bytes = of.gauge("recovery_store_bytes", "Size of the recovery store")
+        self.volume_free = of.gauge(
+            "recovery_volume_free_bytes", "Room left on the recovery store's volume"
+        )
+        self.volume_bytes = of.gauge("recovery_volume_bytes", "Size of the recovery store's volume")
+        self.flow_info = of.gauge(
+            "flow_info", "1, with what the flow was told to do", "delivery", "overload_policy"
+        )
         self.latency = LatencyHistogram(
             "end_to_end_latency_seconds",
             "Broker append of the event to delivery report of its prediction",
             self.registry,
         )
+        ProcessCollector(registry=self.registry)
 
     def count(self, topic: str, outcome: str, n: int) -> None:
         """Add to the account of a topic."""
         if n:
             self.events.labels(topic, outcome).inc(n)
+
+    def shed(self, topic: str, n: int) -> None:
+        """Add to the account events whose prediction, which is yet to be delivered, is none."""
+        self.count(topic, "shed", n)
+        self._shed[topic] = self._shed.get(topic, 0) + n
+
+    def answered(self, topic: str, n: int) -> None:
+        """Add delivered predictions to the account: as scored, but for those that are none.
+
+        Which of those under way are delivered first is not known; once all are, the sums are right.
+        """
+        shed = min(n, self._shed.get(topic, 0))
+        if shed:
+            self._shed[topic] -= shed
+        self.count(topic, "scored", n - shed)
 
     def set_skipped(self, skipped: Mapping[tuple[str, int], int]) -> None:
         """Tell how many records retention took, in this life, by (topic, partition)."""
@@ -172,7 +316,7 @@ class Metrics:
             f"{sample.labels['topic']}/{sample.labels['partition']}": int(sample.value)
             for metric in self._skipped.collect()
             for sample in metric.samples
-            if sample.name == "events_skipped_total"
+            if sample.name == f"{NAMESPACE}_events_skipped_total"
         }
 
     def account(self) -> dict[str, dict[str, int]]:
@@ -180,14 +324,10 @@ class Metrics:
         found: dict[str, dict[str, int]] = {}
         for metric in self.events.collect():
             for sample in metric.samples:
-                if sample.name == "events_total":
+                if sample.name == f"{NAMESPACE}_events_total":
                     outcomes = found.setdefault(sample.labels["topic"], dict.fromkeys(OUTCOMES, 0))
                     outcomes[sample.labels["outcome"]] = int(sample.value)
         return found
-
-    def serve(self, host: str, port: int) -> None:
-        """Serve /metrics in a thread of its own."""
-        start_http_server(port, host, self.registry)
 
 
 METRICS = Metrics()

@@ -6,31 +6,45 @@ import atexit
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import partial
 
 import msgspec
 import structlog
 from bytewax.dataflow import Dataflow
 from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 
-from dataflows import recovery
+from dataflows import measure, recovery
+from dataflows.health import Health, endpoints
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.sink import KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
-    SourceStats,
     SourceTopic,
     install_drain_handlers,
 )
-from dataflows.kafka.topics import partition_counts
+from dataflows.kafka.topics import partition_counts, retention_s
 from dataflows.kafka.writer import Delivery
 from dataflows.metrics import METRICS
+from dataflows.observe import Observer
+from dataflows.overload import Overload
+from dataflows.page import status as page_status
+from dataflows.page.app import PageError, page
+from dataflows.page.recent import Recent
+from dataflows.page.server import ServeError, serve
+from dataflows.page.status import Status
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.distinct import Dedupe
+from dataflows.steps.short_answer import LastScores
+from dataflows.steps.triage import Shedding
 from dataflows.steps.windows import Shards
+from features.batch import EventBatch
 from features.events import Event, EventDecoder
-from features.fraud import FRAUD, SOURCES, FraudReport, Transaction
+from features.fraud import FRAUD, SOURCES, FraudReport, Transaction, at_least
+from features.guarded_reads import GuardedReads
 from features.online_store import OnlineStore, StoreNotReady, StoreUnavailable, freeze_gc
 from features.profiles import PROFILES
 from features.state_dir import StateDir, StateError
@@ -42,8 +56,10 @@ log = structlog.get_logger()
 #: What an operator can mend; the message says how.
 _REMEDIABLE = (
     PackageError,
+    PageError,
     recovery.RecoveryError,
     SettingsError,
+    ServeError,
     StartupError,
     StateError,
     StoreNotReady,
@@ -63,7 +79,7 @@ class Runtime:
     topics: Sequence[str]
     decoder: EventDecoder
     shards: Shards
-    store: OnlineStore
+    store: GuardedReads
     scorer: Scorer
     thresholds: Thresholds
     reasons: int
@@ -73,6 +89,10 @@ class Runtime:
     audit_share: float
     #: None: events that come twice count twice.
     dedupe: Dedupe | None = None
+    #: None: all events are scored in full, however many come.
+    shedding: Shedding | None = None
+    #: Told each batch of predictions; None: nobody wants to know.
+    notice: Callable[[EventBatch], None] | None = None
     #: Topic → number of partitions.
     partitions: Mapping[str, int] = field(default_factory=dict)
 
@@ -87,7 +107,12 @@ class Runtime:
             settings = load()
             configure_logging(settings)
             store = recovery.open_store("fraud", settings.delivery)
-            runtime = Runtime.of(settings, store)
+            # Longer than an outage that is waited out: then the flow ends by itself, and says why.
+            health = Health(stale_after_s=settings.message_timeout_s + 60)
+            recent = _serve(settings, health)
+            if settings.tracing_endpoint:
+                _trace(settings.tracing_endpoint)
+            runtime = Runtime.of(settings, store, health, recent)
             flow = graph(runtime)
             if store is not None:
                 found = recovery.check(
@@ -112,8 +137,9 @@ class Runtime:
             print(f"dataflows.fraud cannot start:\n{error}", file=sys.stderr)
             raise SystemExit(2) from None
         install_drain_handlers(report)
-        if settings.metrics_port:
-            METRICS.serve(settings.metrics_host, settings.metrics_port)
+        health.model = runtime.scorer.version
+        METRICS.model_info.labels(runtime.scorer.version, FRAUD.schema_hash).set(1)
+        METRICS.flow_info.labels(settings.delivery, settings.overload_policy).set(1)
         atexit.register(report)
         freeze_gc()
         log.info(
@@ -126,13 +152,20 @@ class Runtime:
         return flow
 
     @staticmethod
-    def of(settings: Settings, recovery_store: recovery.Store | None = None) -> Runtime:
+    def of(
+        settings: Settings,
+        recovery_store: recovery.Store | None = None,
+        health: Health | None = None,
+        recent: Recent | None = None,
+    ) -> Runtime:
         """Open everything the settings name.
+
+        `health` is told how the flow is, `recent` what it flags.
 
         Raises SettingsError, StateError, PackageError, StoreNotReady, StoreUnavailable or
         StartupError, each with a remedy.
         """
-        partitions = _check_kafka(settings)
+        partitions, kept_s = _check_kafka(settings)
         topic_of: dict[type[Event], str] = {
             Transaction: settings.transactions_topic,
             FraudReport: settings.fraud_reports_topic,
@@ -148,6 +181,7 @@ class Runtime:
             cache_ttl_s=settings.feast_cache_ttl_s,
             cache_rows=settings.feast_cache_rows,
         )
+        reads = GuardedReads(store, budget_s=settings.feast_budget_ms / 1000)
         skew_ms = round(settings.max_clock_skew_s * 1000)
 
         def sink(topic: str, observe: Callable[[Delivery], None]) -> KafkaSink:
@@ -166,8 +200,7 @@ class Runtime:
             )
 
         def predicted(delivery: Delivery) -> None:
-            answered = delivery.delivered + delivery.suppressed
-            METRICS.count(settings.transactions_topic, "scored", answered)
+            METRICS.answered(settings.transactions_topic, delivery.delivered + delivery.suppressed)
             METRICS.count(settings.transactions_topic, "dead_lettered", delivery.too_large)
             METRICS.latency.observe_ms(delivery.latency_ms)
             written(delivery)
@@ -175,7 +208,13 @@ class Runtime:
         def written(delivery: Delivery) -> None:
             METRICS.written.labels(delivery.topic).inc(delivery.delivered)
             METRICS.suppressed.labels(delivery.topic).inc(delivery.suppressed)
+            METRICS.stage_s.labels("produce").observe(delivery.write_s)
+            METRICS.resume_scan.labels(delivery.topic).inc(delivery.compared)
+            for result, n in (("committed", delivery.commits), ("aborted", delivery.aborts)):
+                METRICS.transactions.labels(delivery.topic, result).inc(n)
 
+        shedding = _shedding(settings)
+        rate = (settings.rate_limit, float(settings.rate_burst)) if settings.rate_limit else None
         return Runtime(
             source=KafkaSource(
                 [SourceTopic(topic_of[event], event.stream_time) for event in SOURCES],
@@ -190,8 +229,15 @@ class Runtime:
                 resume_past_retention=settings.resume_past_retention,
                 max_skew_ms=round(settings.max_skew_s * 1000),
                 peers=None if recovery_store is None else recovery_store.peers(),
+                rate_limit=rate,
                 between_batches=poll_sinks,
-                observe=_observe_source,
+                observe=Observer(
+                    METRICS,
+                    Health() if health is None else health,
+                    None if shedding is None else shedding.overload,
+                    kept_s,
+                    None if recovery_store is None else recovery_store.directory,
+                ),
                 startup_timeout_s=settings.startup_timeout_s,
             ),
             topics=topics,
@@ -203,7 +249,7 @@ class Runtime:
                 start,
                 journal=recovery_store is not None and recovery_store.workers == 1,
             ),
-            store=store,
+            store=reads,
             scorer=scorer,
             thresholds=_thresholds(settings, scorer.manifest.thresholds),
             reasons=settings.reasons,
@@ -213,13 +259,48 @@ class Runtime:
             audit_share=settings.audit_share,
             partitions=partitions,
             dedupe=_dedupe(settings),
+            shedding=shedding,
+            notice=None if recent is None else partial(recent.add, model_version=scorer.version),
         )
 
 
-def _check_kafka(settings: Settings) -> dict[str, int]:
+def _serve(settings: Settings, health: Health) -> Recent | None:
+    """Serve metrics and the operator page, where they are wanted; return what the page shows."""
+    if settings.metrics_port:
+        monitoring = endpoints(METRICS.registry, health)
+        serve(monitoring, settings.metrics_host, settings.metrics_port)
+    if not settings.page_port:
+        return None
+    topics = [settings.fraud_reports_topic, settings.transactions_topic]
+    recent = Recent(FRAUD.names, topics, FRAUD.schema_hash)
+
+    def status() -> Status:
+        checks = [page_status.Health(*astuple(check)) for check in health.all()]
+        return page_status.status_of(
+            page_status.samples_of(METRICS.registry), time.time(), checks=checks
+        )
+
+    token = settings.page_token.get_secret_value() or None
+    served = serve(
+        page(status, recent, token, host=settings.page_host), settings.page_host, settings.page_port
+    )
+    log.info("operator page", url=served.url)
+    return recent
+
+
+def _trace(endpoint: str) -> None:
+    """Send spans of sampled events to a collector, from now on."""
+    from dataflows.tracing import Tracing, otlp
+
+    measure.tracing = Tracing(otlp(endpoint), "fraud")
+    atexit.register(measure.tracing.close)
+
+
+def _check_kafka(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
     """Try the client settings, and look all topics up, before anything slow is loaded.
 
-    Returns the number of partitions of each topic.
+    Returns the number of partitions of each topic; and for how many seconds each input topic keeps
+    its records, where the brokers tell.
     """
     clients = (
         ("KAFKA_CONSUMER_OPTIONS", Consumer, {**settings.consumer(), "group.id": "startup"}),
@@ -242,7 +323,10 @@ def _check_kafka(settings: Settings) -> dict[str, int]:
         settings.dead_letters_topic,
         settings.audit_topic,
     ]
-    return partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
+    counts = partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
+    admin = AdminClient(config, logger=logging.getLogger("librdkafka"))
+    kept = {topic: retention_s(admin, topic) for topic in topics[:2]}
+    return counts, {topic: seconds for topic, seconds in kept.items() if seconds is not None}
 
 
 def _dedupe(settings: Settings) -> Dedupe | None:
@@ -264,9 +348,19 @@ def _thresholds(settings: Settings, shipped: Thresholds) -> Thresholds:
     return chosen
 
 
-def _observe_source(stats: SourceStats) -> None:
-    METRICS.lag.set(sum(stats.lag.values()))
-    METRICS.set_skipped(stats.skipped)
+def _shedding(settings: Settings) -> Shedding | None:
+    if not settings.sheds:
+        return None
+    return Shedding(
+        Overload(
+            settings.overload_policy,
+            target_s=settings.overload_target_ms / 1000,
+            deadline_s=settings.overload_deadline_s,
+            catch_up=settings.catch_up,
+        ),
+        at_least(settings.critical_amount),
+        LastScores(settings.last_scores, settings.last_score_ttl_s),
+    )
 
 
 def report() -> None:

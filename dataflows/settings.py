@@ -17,6 +17,10 @@ from features.windows import SHARDS
 
 #: 30 s less than what brokers allow a transaction by default (transaction.max.timeout.ms).
 _MOST_TIMEOUT_S = 870
+_TOPICS = (
+    *("TRANSACTIONS_TOPIC", "FRAUD_REPORTS_TOPIC"),
+    *("PREDICTIONS_TOPIC", "DEAD_LETTERS_TOPIC", "AUDIT_TOPIC"),
+)
 
 
 class SettingsError(ValueError):
@@ -137,9 +141,64 @@ class Settings(BaseSettings):
     feast_cache_rows: int = Field(
         100_000, ge=1, le=100_000_000, description="Most profiles cached of each view"
     )
+    feast_budget_ms: float = Field(
+        20, ge=1, le=10_000, description="How long a micro-batch waits for the online store (ms)"
+    )
+    rate_limit: float = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Most events read of each input partition (1/s); 0 is no limit",
+    )
+    rate_burst: int = Field(
+        1000,
+        ge=1,
+        le=10_000_000,
+        description="Most events of a partition at once, under RATE_LIMIT",
+    )
+    overload_policy: Literal["block", "sample", "degrade", "drop"] = Field(
+        "block",
+        description="What becomes of events below CRITICAL_AMOUNT in an overload: they wait, one "
+        "in some is scored, most are answered in short, or old ones dropped; docs/overload.md",
+    )
+    overload_target_ms: float = Field(
+        500, ge=1, le=3_600_000, description="Age of records above which there is an overload (ms)"
+    )
+    overload_deadline_s: float = Field(
+        30, gt=0, le=86_400, description="Age past which an event is answered in short at best (s)"
+    )
+    catch_up: Literal["score_all", "degrade", "skip"] = Field(
+        "score_all",
+        description="What becomes of events below CRITICAL_AMOUNT that came in a downtime",
+    )
+    critical_amount: float = Field(
+        200,
+        ge=0,
+        le=1_000_000_000,
+        description="Amount from which a transaction is always scored in full",
+    )
+    last_scores: int = Field(
+        100_000, ge=1, le=100_000_000, description="Most cards whose last score is kept"
+    )
+    last_score_ttl_s: float = Field(
+        86_400, gt=0, le=31_536_000, description="How long a card's last score may answer (s)"
+    )
     metrics_host: str = Field("127.0.0.1", description="Address the metrics are served at")
     metrics_port: int = Field(
         0, ge=0, le=65_535, description="Port of /metrics for Prometheus; 0 serves none"
+    )
+    tracing_endpoint: str = Field(
+        "",
+        description="OTLP/HTTP collector that traces of sampled events go to, such as "
+        "http://127.0.0.1:4318; none if unset",
+    )
+    page_port: int = Field(
+        0, ge=0, le=65_535, description="Port of the operator page; 0 serves none"
+    )
+    page_host: str = Field("127.0.0.1", description="Address the operator page is served at")
+    page_token: SecretStr = Field(
+        SecretStr(""),
+        description="What the operator page asks for, needed away from loopback; never printed",
     )
     log_format: Literal["console", "json"] = Field("console", description="How log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -159,16 +218,25 @@ class Settings(BaseSettings):
                 f"MESSAGE_TIMEOUT_S ({self.message_timeout_s:g}) is too long for exactly_once: a "
                 f"transaction lasts 15 minutes at most; accepted: (1, {_MOST_TIMEOUT_S}]"
             )
+        if self.overload_target_ms > self.overload_deadline_s * 1000:
+            raise ValueError(
+                f"OVERLOAD_TARGET_MS ({self.overload_target_ms:g}) is above OVERLOAD_DEADLINE_S "
+                f"({self.overload_deadline_s:g} s): lower the first or raise the second"
+            )
         topics: dict[str, str] = {}
-        for name in ("transactions", "fraud_reports", "predictions", "dead_letters", "audit"):
-            variable = f"{name.upper()}_TOPIC"
-            other = topics.setdefault(getattr(self, f"{name}_topic"), variable)
+        for variable in _TOPICS:
+            other = topics.setdefault(getattr(self, variable.lower()), variable)
             if other != variable:
                 raise ValueError(
                     f"{variable} and {other} name the same topic, "
-                    f"{getattr(self, f'{name}_topic')!r}; each needs its own"
+                    f"{getattr(self, variable.lower())!r}; each needs its own"
                 )
         return self
+
+    @property
+    def sheds(self) -> bool:
+        """Whether events may be answered in short, or not at all."""
+        return self.overload_policy != "block" or self.catch_up != "score_all"
 
     def consumer(self) -> dict[str, Any]:
         """Return the librdkafka settings of everything that reads."""
@@ -235,7 +303,7 @@ def _accepted(name: str) -> str:
         opening = "(" if "exclusiveMinimum" in schema else "["
         return f"{opening}{low:,}, {high:,}]"
     if field.annotation is SecretStr:
-        return "JSON"
+        return "JSON" if name.endswith("_options") else "text"
     if field.annotation is bool:
         return "`true` or `false`"
     return "path" if schema.get("format") == "path" else "text"
@@ -250,7 +318,8 @@ def table() -> str:
         elif isinstance(field.default, SecretStr):
             default = f"`{field.default.get_secret_value()}`"
         else:
-            default = "–" if field.default is None else f"`{field.default}`"
+            default = f"`{field.default}`"
+        default = "–" if default in ("`None`", "``") else default
         lines.append(f"| `{name.upper()}` | {default} | {_accepted(name)} | {field.description} |")
     return "\n".join(lines)
 

@@ -7,13 +7,15 @@ as in the handbook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from features.batch import EventBatch
 from features.declare import Count, FeatureSet, FeatureView, Mean, Ratio, Value, stateless
-from features.events import Event, EventTime, Key, Money
+from features.events import MONEY_SCALE, Event, EventTime, Key, Money
 
 
 class Transaction(Event):
@@ -96,3 +98,24 @@ FRAUD = FeatureSet(
     of=Transaction,
     features=[Value("amount"), during_weekend, during_night, CARD, TERMINAL],
 )
+
+
+def at_least(amount: float) -> Callable[[EventBatch], npt.NDArray[np.bool_]]:
+    """Return what marks transactions of this amount (major units) or more: bool [n]."""
+    cents = round(amount * MONEY_SCALE)
+    return lambda batch: batch["amount"] >= cents
+
+
+#: Every transaction above this amount is fraud, in the handbook's scenario 1.
+SUSPICIOUS_AMOUNT = 220.0
+#: Share of a terminal's transactions known to be fraud, 7 to 14 days ago (scenario 2: all are).
+SUSPICIOUS_RISK = 0.5
+
+
+def suspicious(batch: EventBatch) -> npt.NDArray[np.bool_]:
+    """Return which transactions a rule would have reviewed, where no model can be asked: bool [n].
+
+    Needs the windows' features. The handbook's first two scenarios; the third has no such mark.
+    """
+    large = batch["amount"] > SUSPICIOUS_AMOUNT * MONEY_SCALE
+    return large | (batch["terminal_risk_7d"] >= SUSPICIOUS_RISK)

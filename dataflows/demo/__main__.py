@@ -119,7 +119,8 @@ class Demo:
                 )
         self.console.print(
             f"[dim]The first transaction was scored {time.monotonic() - _BEGAN:.1f} s after the "
-            "start of the demo.[/]"
+            "start of the demo.[/]\n"
+            f"Operator page, as long as it runs: http://127.0.0.1:{self._page_port}"
         )
         version = json.loads((self.prepared.model / "manifest.json").read_text())["version"]
         with Screen(self.console) as screen:
@@ -172,7 +173,7 @@ class Demo:
     def _start_flow(self, broker: dict[str, Any]) -> None:
         no_settings = self.home / "tmp" / "no-settings"  # whatever file the caller's flows use
         no_settings.touch()
-        self._port = _free_port()
+        self._port, self._page_port = _free_port(), _free_port()
         self._running["flow"] = self._guard.start(
             "bytewax.run",
             ["dataflows.fraud", "-r", str(self._recovery), "-s", "2", "-b", "0"],
@@ -192,6 +193,9 @@ class Demo:
                 "FEAST_REPO": str(self.prepared.feast),
                 "METRICS_HOST": "127.0.0.1",
                 "METRICS_PORT": str(self._port),
+                "PAGE_HOST": "127.0.0.1",
+                "PAGE_PORT": str(self._page_port),
+                "PAGE_TOKEN": "",
                 "LOG_FORMAT": "json",
                 "LOG_LEVEL": "info",
                 "SETTINGS_FILE": str(no_settings),

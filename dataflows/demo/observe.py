@@ -47,13 +47,13 @@ def scrape(port: int, timeout_s: float = 1.0) -> Sample | None:
     lag = 0
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name == "events_total":
+            if sample.name == "scoring_events_total":
                 key = sample.labels["topic"], sample.labels["outcome"]
                 events[key] = int(sample.value)
-            elif sample.name == "end_to_end_latency_seconds_bucket":
+            elif sample.name == "scoring_end_to_end_latency_seconds_bucket":
                 latency[float(sample.labels["le"])] = sample.value
-            elif sample.name == "lag_records":
-                lag = int(sample.value)
+            elif sample.name == "scoring_lag_records":
+                lag += int(sample.value)
     return Sample(time.monotonic(), events, lag, latency)
 
 

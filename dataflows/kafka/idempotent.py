@@ -112,6 +112,10 @@ class IdempotentWriter:
     def pending(self) -> bytes:
         return b""
 
+    @property
+    def outstanding(self) -> int:
+        return sum(len(batch) for batch, _ in self._sent) - self._settled - len(self._latencies_s)
+
     # One call per record from here to `_reported`: nothing that can wait is done here.
 
     def write(self, batch: OutRecords) -> None:

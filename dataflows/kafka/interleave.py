@@ -107,6 +107,7 @@ class Interleaver:
         latest: int64 per lane, the largest stream time seen (`NO_TIME`: none yet).
         received: int64 per lane, offset after the last row pushed.
         emitted: int64 per lane, offset after the last row that `take` returned.
+        appended: int64 per lane, when the broker appended that row, in ms; −1: none yet.
         waiting: int per lane, rows pushed and not yet chosen for release.
     """
 
@@ -116,6 +117,7 @@ class Interleaver:
         self.latest = np.full(len(lanes), NO_TIME, dtype=np.int64)
         self.received = np.array(start, dtype=np.int64)
         self.emitted = self.received.copy()
+        self.appended = np.full(len(lanes), -1, np.int64)
         self.waiting = [0] * len(lanes)
         self._lanes: list[deque[_Rows]] = [deque() for _ in lanes]
         self._fresh: _Rows | None = None  # what came last, of all lanes
@@ -206,9 +208,29 @@ class Interleaver:
             pass
         return self._ready_rows >= limit
 
+    def next_lanes(self, limit: int) -> npt.NDArray[np.intp]:
+        """Return the lane of each of the next ready rows, in order, at most `limit`."""
+        lanes = [rows.lane for rows in self._ready]
+        return np.concatenate(lanes)[:limit] if lanes else np.empty(0, np.intp)
+
+    def oldest(self) -> Int64s:
+        """Return when the broker appended the first row of each lane that was not taken, in ms.
+
+        int64 per lane; −1: none is here. O(lanes + ready rows).
+        """
+        self._sort_out()
+        found = np.full(len(self._lanes), -1, np.int64)
+        for lane, waiting in enumerate(self._lanes):
+            if waiting:
+                found[lane] = waiting[0].append_time[0]
+        for rows in reversed(self._ready):
+            lanes, first = np.unique(rows.lane, return_index=True)
+            found[lanes] = rows.append_time[first]
+        return found
+
     def take(self, limit: int) -> Records | None:
         """Return the next ready rows, in order, at most `limit`; None if there are none."""
-        if not self._ready_rows:
+        if not self._ready_rows or not limit:
             return None
         parts: list[_Rows] = []
         missing = limit
@@ -222,6 +244,7 @@ class Interleaver:
         self._ready_rows -= limit - missing
         taken = _join(parts)
         np.maximum.at(self.emitted, taken.lane, taken.offset + 1)
+        self.appended[taken.lane] = taken.append_time  # of equal lanes the last stays
         return Records(
             taken.messages,
             self._source[taken.lane],

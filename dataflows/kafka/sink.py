@@ -24,6 +24,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import get_ident
@@ -204,7 +205,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             next_offset = -1 if start is None else start
             writer = IdempotentWriter(self.topic, partition, config, next_offset)
         owner = self._owner if self._delivery == "exactly_once" else ""
-        return _SinkPartition(writer, self.partitions, owner, self._observe)
+        return _SinkPartition(self.topic, writer, self.partitions, owner, self._observe)
 
     def refuse_moved_keys(self, states: Mapping[str, SinkState]) -> None:
         """Raise StartupError if partitions were added while records of an open epoch are there.
@@ -341,23 +342,28 @@ def output(step_id: str, up: Stream[OutRecords], sink: KafkaSink) -> Stream[OutR
 class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
     def __init__(
         self,
+        topic: str,
         writer: Writer,
         partitions: int,
         owner: str,
         observe: Callable[[Delivery], None] | None,
     ) -> None:
+        self.topic = topic
         self._writer = writer
         self._partitions = partitions
         self._owner = owner
         self._observe = observe
         self.told_at = 0.0  # monotonic seconds
+        self.write_s = 0.0  # spent in `write_batch`, not told of yet
         self._thread = get_ident()
         _open_partitions.setdefault(self._thread, WeakSet()).add(self)
 
     def write_batch(self, values: list[OutRecords]) -> None:
         """Hand the records to the writer."""
+        began = time.monotonic()
         for batch in values:
             self._writer.write(batch)
+        self.write_s += time.monotonic() - began
         # A worker without a source, or one that waits for the others, has no turns.
         if time.monotonic() - self.told_at > 2 * _TELL_EVERY_S:
             _tell([self])
@@ -385,6 +391,14 @@ _open_partitions: dict[int, WeakSet[_SinkPartition]] = {}  # by the worker's thr
 _told_at: dict[int, float] = {}  # monotonic seconds, by thread
 
 
+def outstanding() -> dict[str, int]:
+    """Return how many records of this thread's sinks are yet to be confirmed, by topic."""
+    found: dict[str, int] = {}
+    for each in _open_partitions.get(get_ident(), ()):
+        found[each.topic] = found.get(each.topic, 0) + each._writer.outstanding
+    return found
+
+
 def poll_sinks() -> None:
     """Serve the delivery reports that have come for this thread's sinks, without waiting.
 
@@ -409,6 +423,8 @@ def _tell(partitions: Iterable[_SinkPartition]) -> None:
         each.told_at = now
         delivery = each._writer.settle()
         if delivery is not None and each._observe is not None:
+            delivery = replace(delivery, write_s=each.write_s)
+            each.write_s = 0.0
             settled.setdefault((delivery.topic, each._observe), []).append(delivery)
     for (_, observe), deliveries in settled.items():
         observe(Delivery.sum(deliveries))

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import re
 import signal
@@ -62,6 +63,7 @@ from dataflows.kafka.errors import FlowError, SourceError, StartupError
 from dataflows.kafka.interleave import NO_TIME, Interleaver
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.phase import PhaseKeeper
+from dataflows.kafka.rate_limit import TokenBuckets
 from dataflows.kafka.records import Int64s, Records
 from dataflows.kafka.topics import (
     STARTUP_TIMEOUT_S,
@@ -98,6 +100,7 @@ _NEVER = datetime(9000, 1, 1, tzinfo=UTC)
 _BUFFER_ALL_PARTITIONS = 200_000
 _LOG_EVERY_S = 10.0
 _DOZE = timedelta(milliseconds=6)
+_PAUSE_S = 0.001  # of the engine between two turns, unless it is asked to go on at once
 _DOZE_AFTER = 500  # turns, half a second
 _OBSERVE_EVERY_S = 0.25
 _LAST_COMMIT_S = 2.0
@@ -225,6 +228,13 @@ class SourceStats:
         read: records emitted, by topic.
         buffered: records read and not yet emitted.
         lag: records in the topics and not yet emitted, by (topic, partition); as of the last fetch.
+        lag_s: seconds since the first of these was appended, or was known to be there; 0: none is.
+        age_s: smallest age of the records emitted since the observation before, in seconds.
+        newest_ms: when the broker appended the newest record emitted, by topic.
+        busy_s: seconds in which the worker had something to do.
+        throttled_s: seconds in which `rate_limit` held records back.
+        epochs: epochs that are durable.
+        snapshot_s: seconds for which the last epoch's snapshot stopped the worker.
         held_s: seconds spent waiting for a partition behind while others had rows.
         hold_timeouts: times such a partition was silent for too long, and was not waited for.
         skipped: records lost to retention and passed over, if that was allowed, by (topic,
@@ -235,6 +245,13 @@ class SourceStats:
     read: dict[str, int] = field(default_factory=dict)
     buffered: int = 0
     lag: dict[tuple[str, int], int] = field(default_factory=dict)
+    lag_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    age_s: float = 0.0
+    newest_ms: dict[str, int] = field(default_factory=dict)
+    busy_s: float = 0.0
+    throttled_s: float = 0.0
+    epochs: int = 0
+    snapshot_s: float = 0.0
     held_s: float = 0.0
     hold_timeouts: int = 0
     skipped: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -270,11 +287,13 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         phase_keeping: keep in phase with the other workers of a cluster (`dataflows.kafka.phase`).
         peers: the other processes of a cluster, to drain with them. None: each drains alone, and
             ends the others; nothing is lost, but who was not told within an epoch repeats one.
+        rate_limit: (records a second, most at once) of each partition; None: as fast as can be.
         max_skew_ms: how far apart, in stream time, the processes of a cluster may be in a backlog;
             needs `peers`, see there. No epoch takes more of the stream than this.
         between_batches: called on the worker thread at each turn, every few milliseconds when
             idle; give it `dataflows.kafka.sink.poll_sinks`.
-        observe: called with the `stats` on the worker thread, at most every 0.25 s.
+        observe: called with the `stats` on the worker thread, at most every 0.25 s, and with
+            each epoch that has become durable.
         startup_timeout_s: bound of all look-ups at the start.
 
     Raises:
@@ -301,6 +320,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         phase_keeping: bool = True,
         peers: Peers | None = None,
         max_skew_ms: int = 6 * 3_600_000,
+        rate_limit: tuple[float, float] | None = None,
         between_batches: Callable[[], None] | None = None,
         observe: Callable[[SourceStats], None] | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
@@ -324,6 +344,7 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         self.phase_keeping = phase_keeping
         self.peers = peers
         self.max_skew_ms = max_skew_ms
+        self.rate_limit = rate_limit
         self.between_batches = between_batches
         self.observe = observe
         self.startup_timeout_s = startup_timeout_s
@@ -384,6 +405,7 @@ class _Lane:
 
     __slots__ = (
         "at_end_offset",
+        "behind_since",
         "name",
         "partition",
         "paused",
@@ -407,6 +429,7 @@ class _Lane:
         self.topic_partition = TopicPartition(topic, partition)
         self.snapshots = 0
         self.at_end_offset = -1  # of the last end-of-partition event
+        self.behind_since: float | None = None  # monotonic seconds; None: nothing is to come
         self.silent_s = 0.0  # how long the others have waited for this one
         self.released_at = -1  # `received` when waiting was given up
         self.paused = False
@@ -439,6 +462,11 @@ class _Reader:
         self._at_once = False
         self._empty_turns = 0
         self._last_turn = 0.0
+        self._turn_began = 0.0
+        self._gave = False  # whether the last turn returned records
+        self._youngest_ms = math.inf  # age, since the last observation
+        self._buckets: TokenBuckets | None = None
+        self._snapshot_began: float | None = None
         self._next_observation = 0.0
         self._next_outage_log = 0.0
         self._next_commit_log = 0.0
@@ -499,6 +527,8 @@ class _Reader:
         if self._source.phase_keeping and len(self._lanes) < self._listed:
             # A drain ends a sleep.
             self._phase = PhaseKeeper(self._source.epoch_interval_s, sleep=_drain.wait)
+        if self._source.rate_limit is not None:
+            self._buckets = TokenBuckets(len(self._order), *self._source.rate_limit)
         self._last_turn = time.monotonic()
         self._observe()  # what was skipped, at least
         if self._source.peers is not None:
@@ -596,6 +626,12 @@ class _Reader:
         if self._phase is not None:
             self._phase.turn()
         source = self._source
+        now = time.monotonic()
+        if self._gave:  # the turn, and all the work downstream
+            paused_s = 0.0 if self._at_once else _PAUSE_S
+            source.stats.busy_s += max(0.0, now - self._turn_began - paused_s)
+            self._gave = False
+        self._turn_began = now
         if source.between_batches is not None:
             source.between_batches()
         if leader.snapshots > self._epochs_seen:
@@ -609,7 +645,7 @@ class _Reader:
                 source.peers.drains(leader.name, leader.snapshots)
         if self._drain_after is not None:
             return []
-        if time.monotonic() >= self._next_observation:
+        if now >= self._next_observation:
             self._observe()
         records = self._read(max(1, source.batch_size()))
         idle = records is None and not self._merge.buffered
@@ -621,6 +657,10 @@ class _Reader:
         for code, count in enumerate(np.bincount(records.source).tolist()):
             if count:
                 source.stats.read[source.topics[code].name] += count
+        self._youngest_ms = min(
+            self._youngest_ms, time.time() * 1000 - float(records.append_time.max())
+        )
+        self._gave = True
         return [records]
 
     def next_awake(self, part: _Part) -> datetime | None:
@@ -638,6 +678,8 @@ class _Reader:
         if leader is None:  # an epoch shorter than the start-up: `turn` comes first, so never
             raise SourceError(f"the engine snapshotted {part.name} before it was read")
         lane.snapshots += 1
+        if self._snapshot_began is None:
+            self._snapshot_began = time.monotonic()
         if lane is leader and self._source.peers is not None:
             self._say_where_it_begins(max(0, self._next_time()))
         if lane is leader and self._phase is not None:
@@ -653,6 +695,12 @@ class _Reader:
                 "not reached; this source knows Bytewax 0.21.1, which does not. Run with that"
             )
         self._epochs_seen = epoch
+        stats = self._source.stats
+        stats.epochs += 1
+        if self._snapshot_began is not None:
+            stats.snapshot_s = time.monotonic() - self._snapshot_began
+            self._snapshot_began = None
+        self._observe()
         if self._source.peers is not None:
             self._horizon = None
         self._commit()
@@ -693,8 +741,13 @@ class _Reader:
                 merge.release(limit, self._bound())
             # More may be waiting: do not let the engine cool down for a millisecond.
             self._at_once = len(received) == want
+        if self._buckets is not None:
+            if merge.ready:
+                limit = self._buckets.allowed(merge.next_lanes(limit))
+            self._source.stats.throttled_s = self._buckets.throttled_s
         records = merge.take(limit)
-        if records is None and (merge.buffered or self._source.peers is not None):
+        # Who may not emit does not wait for others, and has not looked for what they sent.
+        if records is None and limit and (merge.buffered or self._source.peers is not None):
             self._give_up_on_silent_lanes(elapsed_s)
         self._pause_and_resume()
         return records
@@ -870,14 +923,28 @@ class _Reader:
     # Tell
 
     def _observe(self) -> None:
-        self._next_observation = time.monotonic() + _OBSERVE_EVERY_S
-        stats = self._source.stats
-        stats.buffered = self._merge.buffered
+        now, now_ms = time.monotonic(), time.time() * 1000
+        self._next_observation = now + _OBSERVE_EVERY_S
+        stats, merge = self._source.stats, self._merge
+        stats.buffered = merge.buffered
+        stats.age_s = 0.0 if math.isinf(self._youngest_ms) else max(0.0, self._youngest_ms / 1000)
+        self._youngest_ms = math.inf
+        oldest, appended = merge.oldest().tolist(), merge.appended.tolist()
         for index, lane in enumerate(self._order):
+            of = lane.topic, lane.partition
             found = self._consumer.get_watermark_offsets(lane.topic_partition, cached=True)
             if found is not None and found[1] >= 0:
-                emitted = int(self._merge.emitted[index])
-                stats.lag[lane.topic, lane.partition] = max(0, found[1] - emitted)
+                nothing_here = oldest[index] < 0
+                at_end = nothing_here and self._at_end(lane, int(merge.received[index]))
+                lag = 0 if at_end else max(0, found[1] - int(merge.emitted[index]))
+                stats.lag[of] = lag
+                lane.behind_since = None if not lag else lane.behind_since or now
+            since_s = 0.0 if lane.behind_since is None else now - lane.behind_since
+            known_s = 0.0 if oldest[index] < 0 else (now_ms - oldest[index]) / 1000
+            stats.lag_s[of] = max(since_s, known_s)
+            if appended[index] >= 0:
+                newest_ms = max(stats.newest_ms.get(lane.topic, 0), appended[index])
+                stats.newest_ms[lane.topic] = newest_ms
         if self._source.observe is not None:
             self._source.observe(stats)
 

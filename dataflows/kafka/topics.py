@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -92,20 +93,38 @@ def most_record_bytes(
 ) -> int:
     """Return how many bytes a record of a topic may have: what client and topic both take.
 
-    A broker that does not tell the topic's limit (an ACL on DescribeConfigs is missing, or it is
-    the embedded one) leaves the client's ``message.max.bytes``.
+    Where the topic's limit is not told (see `_setting`) it is the client's ``message.max.bytes``.
     """
     client = int(config.get("message.max.bytes", _CLIENT_MOST_RECORD_BYTES))
+    limit = _setting(admin, topic, "max.message.bytes", timeout_s)
+    return client if limit is None else min(client, int(limit))
+
+
+def retention_s(admin: AdminClient, topic: str, *, timeout_s: float = 10.0) -> float | None:
+    """Return for how many seconds a topic keeps a record; None: it does not tell (`_setting`).
+
+    Infinite where it is kept for ever, or until the topic is too large.
+    """
+    told = _setting(admin, topic, "retention.ms", timeout_s)
+    if told is None:
+        return None
+    return math.inf if int(told) < 0 else int(told) / 1000
+
+
+def _setting(admin: AdminClient, topic: str, name: str, timeout_s: float) -> str | None:
+    """Return a topic's setting; None if the brokers do not tell.
+
+    An ACL on DescribeConfigs may be missing, or they are the embedded one.
+    """
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
         if admin.list_topics(topic, timeout=timeout_s).cluster_id.startswith("mockCluster"):
-            return client  # librdkafka's mock never answers the question
+            return None  # librdkafka's mock never answers the question
         asked = admin.describe_configs([resource], request_timeout=timeout_s)
-        limit = asked[resource].result(timeout_s)["max.message.bytes"].value
+        return str(asked[resource].result(timeout_s)[name].value)
     except (KafkaException, KeyError, TimeoutError) as error:
-        _logger.debug("the limit of record sizes of %s is unknown: %s", topic, error)
-        return client
-    return min(client, int(limit))
+        _logger.debug("%s of %s is unknown: %s", name, topic, error)
+        return None
 
 
 def watermarks(

@@ -123,6 +123,8 @@ class TransactionalWriter:
         self._waiting_rows = 0
         self._published = Published()
         self._suppressed = 0
+        self._aborts = 0
+        self._compared = 0
         self._committed: list[tuple[list[OutRecords], float]] = []  # with the wall clock, in ms
         self._failure: BaseException | None = None
         self._confirming = self._closed = False
@@ -140,6 +142,10 @@ class TransactionalWriter:
     @property
     def pending(self) -> bytes:
         return self._published.pack()
+
+    @property
+    def outstanding(self) -> int:
+        return self._open_rows + self._waiting_rows
 
     def write(self, batch: OutRecords) -> None:
         with self._changed:
@@ -160,18 +166,26 @@ class TransactionalWriter:
         pass  # its thread looks for itself
 
     def settle(self) -> Delivery | None:
-        if not self._committed and not self._suppressed and self._failure is None:
+        if not (self._committed or self._suppressed or self._compared) and self._failure is None:
             return None  # a look without the lock: what comes now is seen next time
         with self._changed:
             self._raise_failure()
             committed, self._committed = self._committed, []
             suppressed, self._suppressed = self._suppressed, 0
+            aborts, self._aborts = self._aborts, 0
+            compared, self._compared = self._compared, 0
         latencies = [
             ages_ms(batch.append_time, now_ms) for batches, now_ms in committed for batch in batches
         ]
         latency_ms = np.concatenate(latencies) if latencies else np.empty(0)
         return Delivery(
-            self._topic, len(latency_ms), latency_ms[latency_ms > UNKNOWN], suppressed=suppressed
+            self._topic,
+            len(latency_ms),
+            latency_ms[latency_ms > UNKNOWN],
+            suppressed=suppressed,
+            commits=len(committed),
+            aborts=aborts,
+            compared=compared,
         )
 
     def confirm(self) -> None:
@@ -305,6 +319,7 @@ class TransactionalWriter:
         tail = self._read_tail()
         with self._changed:
             self._published = tail.published
+            self._compared = len(tail.published)
             self.next_offset = tail.next_offset
             self._become_ready()
 
@@ -355,6 +370,7 @@ class TransactionalWriter:
                 self._partition,
                 reason.str(),
             )
+            self._aborts += 1
             try:
                 self._persist(self._producer.abort_transaction, "could not be aborted")
             except KafkaException as error:

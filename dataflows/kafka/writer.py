@@ -56,6 +56,10 @@ class Delivery:
             milliseconds; only of delivered records whose ``append_time`` is known.
         suppressed: records that an earlier life had published, and which were not written again.
         too_large: records that the topic does not take, which went to the dead letters.
+        commits: transactions committed.
+        aborts: transactions aborted, to be written again.
+        write_s: seconds that it took the worker to hand records over.
+        compared: records found behind the last snapshot, when the partition was taken over.
     """
 
     topic: str
@@ -63,6 +67,10 @@ class Delivery:
     latency_ms: npt.NDArray[np.float64]
     suppressed: int = 0
     too_large: int = 0
+    commits: int = 0
+    aborts: int = 0
+    compared: int = 0
+    write_s: float = 0.0
 
     @staticmethod
     def sum(deliveries: Sequence[Delivery]) -> Delivery:
@@ -75,6 +83,10 @@ class Delivery:
             np.concatenate([each.latency_ms for each in deliveries]),
             sum(each.suppressed for each in deliveries),
             sum(each.too_large for each in deliveries),
+            sum(each.commits for each in deliveries),
+            sum(each.aborts for each in deliveries),
+            sum(each.compared for each in deliveries),
+            sum(each.write_s for each in deliveries),
         )
 
 
@@ -87,6 +99,10 @@ class Writer(Protocol):
     @property
     def pending(self) -> bytes:
         """What was published before `next_offset`, its events yet to come; see `Published.pack`."""
+
+    @property
+    def outstanding(self) -> int:
+        """Records taken that are not known to be on the brokers for good."""
 
     def write(self, batch: OutRecords) -> None:
         """Take the records; wait only if there is no room for more."""

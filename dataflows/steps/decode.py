@@ -10,8 +10,10 @@ import bytewax.operators as op
 import numpy as np
 from bytewax.dataflow import Stream, operator
 
+from dataflows import measure
 from dataflows.kafka.dead_letter import dead_letters
 from dataflows.kafka.records import OutRecords, Records
+from dataflows.measure import measured
 from dataflows.metrics import METRICS
 from features.batch import EventBatch
 from features.events import EventDecoder, Refusal
@@ -49,6 +51,7 @@ def decode(
                 records.append_time,
             )
             account(records, decoded.refused)
+            METRICS.batch_events.observe(len(records))
             if decoded.refused:
                 yield dead_letters(
                     [records.messages[refusal.row] for refusal in decoded.refused],
@@ -59,7 +62,11 @@ def decode(
                 continue
             rows = decoded.rows
             kept: Any = slice(None) if len(rows) == len(records) else rows
-            yield decoded.events.with_columns(
+            events = decoded.events
+            if measure.tracing is not None:
+                traced = measure.tracing.column(records.messages)
+                events = events.with_columns({"traceparent": traced[kept]})
+            yield events.with_columns(
                 {
                     "source": records.source[kept],
                     "partition": records.partition[kept],
@@ -79,6 +86,6 @@ def decode(
             METRICS.count(topic, "dead_lettered", 1)
             METRICS.dead_letters.labels(topic, refusal.reason).inc()
 
-    both = op.flat_map_batch("decode", up, run)
+    both = op.flat_map_batch("decode", up, measured("decode", run))
     branches = op.branch("accepted", both, lambda item: isinstance(item, EventBatch))
     return DecodeOut(branches.trues, branches.falses)  # type: ignore[arg-type]

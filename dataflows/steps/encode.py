@@ -11,13 +11,25 @@ import msgspec
 import numpy as np
 from bytewax.dataflow import Stream, operator
 
+from dataflows import measure
 from dataflows.kafka.records import OutRecords
+from dataflows.measure import measured
+from dataflows.metrics import METRICS
+from dataflows.overload import Way
 from features.batch import Column, EventBatch
 from features.declare import FeatureSet
 from features.keys import shards_of
 from model.package import DECISIONS
 
+#: How a prediction was made: by the model, from the card's last score, by a rule, or not at all.
+SCORE_MODES = ("full", "cached", "rule", "shed")
+
 _AUDIT_BUCKETS = 10_000
+#: By the code in the column ``decision``, plus 1.
+_DECISIONS = (None, *DECISIONS)
+_SHED = ["" if way <= Way.REDUCED else way.name.lower() for way in Way]
+#: Columns of `dataflows.steps.lookup`: odd where the online store did not answer.
+_SERVED = "__served"
 _TENS = 10 ** np.arange(1, 19)
 
 
@@ -37,12 +49,20 @@ class Prediction(msgspec.Struct, gc=False, omit_defaults=True):
     event_time: int
     #: Probability of fraud; null if a feature was not finite (the decision is then review).
     score: float | None
-    decision: str
+    #: null if the event was shed.
+    decision: str | None
     model_version: str
     schema_hash: str
-    #: ms from the broker's append of the event to its scoring.
+    #: Age of the event when it was answered: ms since the broker's append.
     latency_ms: int
+    #: full: by the model; cached: the card's last score; rule: by a rule, score null; shed: not
+    #: answered, score and decision null.
+    score_mode: str
+    #: Profile views that were answered from an old cache, or not at all, by a store that failed.
+    without: list[str] = []
     reasons: list[Reason] = []
+    #: Why the event was shed: sampled, dropped or skipped, see `dataflows.overload.Way`.
+    shed: str = ""
 
 
 class AuditRecord(msgspec.Struct, gc=False):
@@ -68,38 +88,50 @@ def encode(
     features: FeatureSet,
     model_version: str,
     topics: Sequence[str],
+    notice: Callable[[EventBatch], None] | None = None,
     now_s: Callable[[], float] = time.time,
 ) -> Stream[OutRecords]:
-    """Write each event's prediction as JSON, keyed by card."""
+    """Write each event's prediction as JSON, keyed by card; `notice` is told each batch."""
     encoder = msgspec.json.Encoder()
 
     def run(batches: list[EventBatch]) -> Iterable[OutRecords]:
         now_ms = round(now_s() * 1000)
         for batch in batches:
             latency_ms = now_ms - batch["append_time"]
+            decided = np.bincount(batch["decision"] + 1, minlength=len(_DECISIONS))
+            for decision, n in zip(DECISIONS, decided[1:].tolist(), strict=True):
+                METRICS.decisions.labels(decision).inc(n)
+            METRICS.shed(topics[int(batch["source"][0])], int(decided[0]))
+            if notice is not None:
+                notice(batch)
+            modes = _modes(batch)
             predictions = map(
                 Prediction,
-                _texts(batch["transaction_id"]),
-                _texts(batch["card_id"]),
-                _texts(batch["terminal_id"]),
+                texts(batch["transaction_id"]),
+                texts(batch["card_id"]),
+                texts(batch["terminal_id"]),
                 batch["event_time"].tolist(),
                 map(_none_if_nan, batch["score"].tolist()),
-                map(DECISIONS.__getitem__, batch["decision"].tolist()),
+                map(_DECISIONS.__getitem__, (batch["decision"] + 1).tolist()),
                 repeat(model_version),
                 repeat(features.schema_hash),
                 latency_ms.tolist(),
+                modes,
+                _without(batch),
                 _reasons(batch, features.names),
+                _shed(batch),
             )
             yield OutRecords(
                 keys=batch["card_id"].tolist(),
                 values=list(map(encoder.encode, predictions)),
                 append_time=batch["append_time"],
                 event_ids=batch["transaction_id"].tolist(),
-                origins=_origins(batch, topics),
+                origins=origins(batch, topics),
+                headers=None if measure.tracing is None else measure.tracing.headers(batch, modes),
                 clock_bytes=_digits(latency_ms),
             )
 
-    return op.flat_map_batch("encode", up, run)
+    return op.flat_map_batch("encode", up, measured("encode", run, last=True))
 
 
 @operator
@@ -123,9 +155,9 @@ def audit(
             chosen = batch.take(rows)
             records = map(
                 AuditRecord,
-                _texts(chosen["transaction_id"]),
-                _texts(chosen["card_id"]),
-                _texts(chosen["terminal_id"]),
+                texts(chosen["transaction_id"]),
+                texts(chosen["card_id"]),
+                texts(chosen["terminal_id"]),
                 chosen["event_time"].tolist(),
                 map(topics.__getitem__, chosen["source"].tolist()),
                 chosen["partition"].tolist(),
@@ -143,13 +175,14 @@ def audit(
                 values=list(map(encoder.encode, records)),
                 append_time=np.full(len(chosen), -1),
                 event_ids=chosen["transaction_id"].tolist(),
-                origins=_origins(chosen, topics),
+                origins=origins(chosen, topics),
             )
 
     return op.flat_map_batch("encode", up, run)
 
 
-def _origins(batch: EventBatch, topics: Sequence[str]) -> list[bytes]:
+def origins(batch: EventBatch, topics: Sequence[str]) -> list[bytes]:
+    """Return where each event was read, ``topic/partition/offset``."""
     names = [topic.encode() for topic in topics]
     columns = (batch[name].tolist() for name in ("source", "partition", "offset"))
     return [b"%b/%d/%d" % (names[s], p, o) for s, p, o in zip(*columns, strict=True)]
@@ -164,7 +197,8 @@ def _digits(numbers: Column) -> Column:
     return 1 + np.searchsorted(_TENS, np.abs(numbers), side="right") + (numbers < 0)
 
 
-def _texts(column: Column) -> Iterable[str]:
+def texts(column: Column) -> Iterable[str]:
+    """Decode a column of keys."""
     return map(bytes.decode, column.tolist())
 
 
@@ -172,9 +206,37 @@ def _none_if_nan(value: float) -> float | None:
     return None if value != value else value
 
 
+def _modes(batch: EventBatch) -> list[str]:
+    if "score_mode" not in batch:
+        METRICS.predictions.labels(SCORE_MODES[0]).inc(len(batch))
+        return [SCORE_MODES[0]] * len(batch)
+    modes = batch["score_mode"]
+    for mode, n in enumerate(np.bincount(modes).tolist()):
+        METRICS.predictions.labels(SCORE_MODES[mode]).inc(n)
+    return [SCORE_MODES[mode] for mode in modes.tolist()]
+
+
+def _shed(batch: EventBatch) -> Iterable[str]:
+    if "way" not in batch:
+        return repeat("")
+    return map(_SHED.__getitem__, batch["way"].tolist())
+
+
+def _without(batch: EventBatch) -> Iterable[list[str]]:
+    failed = {
+        name.removesuffix(_SERVED): batch[name] & 1 == 1 for name in batch if name.endswith(_SERVED)
+    }
+    if not any(rows.any() for rows in failed.values()):
+        return repeat([])
+    columns = zip(*(rows.tolist() for rows in failed.values()), strict=True)
+    return ([view for view, has in zip(failed, row, strict=True) if has] for row in columns)
+
+
 def _reasons(batch: EventBatch, names: Sequence[str]) -> list[list[Reason]]:
     reasons: list[list[Reason]] = [[]] * len(batch)
-    for row in np.flatnonzero(batch["decision"]).tolist():
+    if "#reasons" not in batch:
+        return reasons
+    for row in np.flatnonzero(batch["decision"] > 0).tolist():
         reasons[row] = [
             Reason(names[feature], round(contribution, 6))
             for feature, contribution in zip(

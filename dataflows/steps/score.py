@@ -8,10 +8,12 @@ import bytewax.operators as op
 import numpy as np
 from bytewax.dataflow import Stream, operator
 
+from dataflows.measure import measured
 from dataflows.metrics import METRICS
+from dataflows.steps.short_answer import LastScores
 from features.batch import EventBatch
 from features.declare import FeatureSet
-from model.package import DECISIONS, Thresholds
+from model.package import Thresholds
 from model.scorer import Scorer
 
 
@@ -23,12 +25,14 @@ def score(
     scorer: Scorer,
     thresholds: Thresholds,
     reasons: int,
+    last: LastScores | None = None,
 ) -> Stream[EventBatch]:
     """Score each batch with the model, in process.
 
     Adds ``score`` (float64 probability of fraud), ``decision`` (position in DECISIONS),
     ``#features`` (rows × features, model order) and, for rows not approved, ``#reasons`` and
     ``#contributions`` (rows × `reasons`; feature −1 where there is none, as for a score of NaN).
+    `last` keeps each card's score.
     """
 
     def run(batches: list[EventBatch]) -> Iterable[EventBatch]:
@@ -41,8 +45,13 @@ def score(
             flagged = np.flatnonzero((decisions > 0) & ~np.isnan(scores))
             if reasons and len(flagged):
                 why[flagged], contributions[flagged] = scorer.explain(matrix[flagged], reasons)
-            for decision, n in enumerate(np.bincount(decisions, minlength=len(DECISIONS)).tolist()):
-                METRICS.decisions.labels(DECISIONS[decision]).inc(n)
+            METRICS.score.observe(scores)
+            missing = np.isnan(matrix)
+            if missing.any():
+                for feature, n in zip(features.names, missing.sum(axis=0).tolist(), strict=True):
+                    METRICS.features_missing.labels(feature).inc(n)
+            if last is not None:
+                last.put(batch["card_id"], scores)
             yield batch.with_columns(
                 {
                     "score": scores,
@@ -53,4 +62,4 @@ def score(
                 }
             )
 
-    return op.flat_map_batch("score", up, run)
+    return op.flat_map_batch("score", up, measured("score", run))

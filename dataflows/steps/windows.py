@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import get_ident
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import bytewax.operators as op
@@ -23,6 +24,7 @@ import structlog
 from bytewax.dataflow import Stream, operator
 from bytewax.operators import KeyedStream, StatefulBatchLogic
 
+from dataflows import measure
 from dataflows.metrics import METRICS
 from features.batch import EventBatch, in_order
 from features.declare import FeatureView
@@ -178,6 +180,7 @@ class _Worker:
         # the source waits until an epoch is durable (dataflows/kafka/source.py, rule 1).
         self._called = False
         self._late = METRICS.late_events.labels(layout.view.name, "yes")
+        self._took = measure.clock(layout.view.name)
         self._too_late = METRICS.late_events.labels(layout.view.name, "no")
         # What is stored, until it is resumed: when the first rows come, or the input ends.
         self._bases: list[Base] | None = []
@@ -314,6 +317,7 @@ class _Worker:
     def process(self) -> None:
         """Process what is due."""
         due, self._due = self._due, []
+        began = perf_counter()
         grouped = self._together(due)
         if grouped is None:
             return
@@ -325,7 +329,9 @@ class _Worker:
         if states.late > late:
             self._too_late.inc(states.too_late - too_late)
             self._late.inc(states.late - late - (states.too_late - too_late))
-        self._finished.append(evaluate(self._layout, batch))
+        finished = evaluate(self._layout, batch)
+        self._finished.append(finished)
+        self._took(perf_counter() - began, [finished])
 
     def _together(self, due: list[_Part]) -> _Grouped | None:
         """Return the parts' rows as one batch in order; None if there are none."""

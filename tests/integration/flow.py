@@ -347,8 +347,8 @@ class Flow:
             return dict(ends[-1]["account"])
         account: dict[str, dict[str, int]] = {}
         for family in text_string_to_metric_families(self.metrics()):
-            for sample in family.samples if family.name == "events" else ():
-                if sample.name == "events_total":
+            for sample in family.samples if family.name == "scoring_events" else ():
+                if sample.name == "scoring_events_total":
                     blank = dict.fromkeys(OUTCOMES, 0)
                     outcomes = account.setdefault(sample.labels["topic"], blank)
                     outcomes[sample.labels["outcome"]] = int(sample.value)

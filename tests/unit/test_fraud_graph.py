@@ -11,11 +11,14 @@ from bytewax.dataflow import Dataflow
 from dataflows.fraud import graph
 from dataflows.kafka.sink import KafkaSink
 from dataflows.kafka.source import KafkaSource, SourceTopic
+from dataflows.overload import Overload
 from dataflows.runtime import Runtime
 from dataflows.steps.distinct import Dedupe
+from dataflows.steps.short_answer import LastScores
+from dataflows.steps.triage import Shedding
 from dataflows.steps.windows import Shards
 from features.events import EventDecoder
-from features.fraud import SOURCES
+from features.fraud import SOURCES, at_least
 from model.package import Thresholds
 
 #: Steps that keep something in the recovery store, by nested step id and operator.
@@ -43,7 +46,7 @@ class _Scorer:
     version = "0123456789ab"
 
 
-def laid(dedupe: Dedupe | None = None) -> Dataflow:
+def laid(dedupe: Dedupe | None = None, shedding: Shedding | None = None) -> Dataflow:
     """Lay the graph over connections that are never opened."""
     nowhere = {"bootstrap.servers": "127.0.0.1:1"}
     topics = [SourceTopic(event.__name__, event.stream_time) for event in SOURCES]
@@ -63,6 +66,7 @@ def laid(dedupe: Dedupe | None = None) -> Dataflow:
             audit=KafkaSink("audit", nowhere),
             audit_share=0.01,
             dedupe=dedupe,
+            shedding=shedding,
         )
     )
 
@@ -89,6 +93,17 @@ def test_the_graph_is_the_sentence() -> None:
     steps = [*STEPS[:2], "distinct", *STEPS[2:]]
     flow = laid(Dedupe(600_000, 1000))
     assert [step.step_id for step in flow.substeps] == [f"fraud.{step}" for step in steps]
+
+
+def test_what_may_be_shed_is_told_apart_before_it_is_looked_up() -> None:
+    control = Overload("degrade", target_s=1, deadline_s=10)
+    flow = laid(shedding=Shedding(control, at_least(100), LastScores(10, 60)))
+    found = [step.step_id.removeprefix("fraud.") for step in flow.substeps]
+    at = STEPS.index("profiles")
+    after = STEPS.index("encode")
+    expected = [*STEPS[:at], "triage", *STEPS[at:after], "short", "decided", *STEPS[after:]]
+    assert found == expected
+    assert stateful(flow) == STATEFUL
 
 
 def test_the_graph_keeps_to_a_page() -> None:

@@ -44,11 +44,11 @@ def test_buckets_are_those_of_a_naive_count(parts: list[list[float]]) -> None:
     every = [ms / 1000 for part in parts for ms in part]
     samples = served(registry)
     for bound in LATENCY_BOUNDS_S:
-        count = samples["latency_seconds_bucket", (("le", f"{bound:g}"),)]
+        count = samples["scoring_latency_seconds_bucket", (("le", f"{bound:g}"),)]
         assert count == sum(seconds <= bound for seconds in every), bound
-    assert samples["latency_seconds_bucket", (("le", "+Inf"),)] == len(every)
-    assert samples["latency_seconds_count", ()] == len(every)
-    assert samples["latency_seconds_sum", ()] == pytest.approx(sum(every))
+    assert samples["scoring_latency_seconds_bucket", (("le", "+Inf"),)] == len(every)
+    assert samples["scoring_latency_seconds_count", ()] == len(every)
+    assert samples["scoring_latency_seconds_sum", ()] == pytest.approx(sum(every))
 
 
 @settings(deadline=None)
@@ -70,15 +70,15 @@ def test_clock_skew_counts_as_nothing_and_hours_as_an_hour() -> None:
     assert latency.percentile_ms(99)["p99"] == pytest.approx(3_600_000, rel=0.011)
     assert latency.percentile_ms(25)["p25"] == pytest.approx(0.01, abs=0.001)
     samples = served(registry)
-    assert samples["latency_seconds_bucket", (("le", "0.001"),)] == 1
-    assert samples["latency_seconds_sum", ()] == pytest.approx(172_800.002)
+    assert samples["scoring_latency_seconds_bucket", (("le", "0.001"),)] == 1
+    assert samples["scoring_latency_seconds_sum", ()] == pytest.approx(172_800.002)
 
 
 def test_percentiles_before_any_observation_are_none() -> None:
     latency, registry = histogram()
     latency.observe_ms(np.empty(0))
     assert latency.percentile_ms(50, 99.9) == {"p50": None, "p99.9": None}
-    assert served(registry)["latency_seconds_count", ()] == 0
+    assert served(registry)["scoring_latency_seconds_count", ()] == 0
 
 
 def test_the_account_is_what_was_counted() -> None:
@@ -94,7 +94,8 @@ def test_the_account_is_what_was_counted() -> None:
         "a": blank | {"read": 10, "scored": 5, "dead_lettered": 2},
         "b": blank | {"applied": 1},
     }
-    assert served(metrics.registry)["events_total", (("outcome", "read"), ("topic", "a"))] == 10
+    labels = ("outcome", "read"), ("topic", "a")
+    assert served(metrics.registry)["scoring_events_total", labels] == 10
 
 
 def test_two_metrics_do_not_share_their_registry() -> None:

@@ -45,7 +45,18 @@ WRONG = {
     "REASONS": "2.5",
     "FEAST_CACHE_TTL_S": "0",
     "FEAST_CACHE_ROWS": "0",
+    "FEAST_BUDGET_MS": "0",
+    "RATE_LIMIT": "-1",
+    "RATE_BURST": "0",
+    "OVERLOAD_POLICY": "panic",
+    "OVERLOAD_TARGET_MS": "0",
+    "OVERLOAD_DEADLINE_S": "0",
+    "CATCH_UP": "later",
+    "CRITICAL_AMOUNT": "-1",
+    "LAST_SCORES": "0",
+    "LAST_SCORE_TTL_S": "0",
     "METRICS_PORT": "65536",
+    "PAGE_PORT": "-1",
     "LOG_FORMAT": "xml",
     "LOG_LEVEL": "loud",
 }
@@ -120,7 +131,7 @@ def test_a_wrong_value_is_named_with_what_is_accepted(
 def test_every_variable_that_can_be_wrong_is_tested() -> None:
     paths = {"state_dir", "model_dir", "feast_repo"}
     checked = {name.lower() for name in WRONG}
-    assert checked == Settings.model_fields.keys() - TEXT - paths - set(SECRETS)
+    assert checked == Settings.model_fields.keys() - TEXT - paths - {*SECRETS, "page_token"}
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -140,6 +151,9 @@ def test_secrets_are_never_shown(environment: pytest.MonkeyPatch) -> None:
     settings = load()
     assert settings.consumer()["sasl.password"] == "hunter2"
     assert settings.producer()["sasl.password"] == "hunter2"
+    environment.setenv("PAGE_TOKEN", "hunter2")
+    settings = load()
+    assert settings.page_token.get_secret_value() == "hunter2"
     shown = [repr(settings), str(settings), table(), settings.model_dump_json()]
     environment.setenv("SHARDS", "0")
     shown.append(refusal())
@@ -245,6 +259,15 @@ def test_the_flow_refuses_to_start_without_settings(tmp_path: Path) -> None:
     first, *lines = ended.stderr.splitlines()
     assert first == "dataflows.fraud cannot start:"
     assert {line.split()[0] for line in lines} == set(REQUIRED)
+
+
+def test_a_target_beyond_the_deadline(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("OVERLOAD_TARGET_MS", "30001")
+    assert "OVERLOAD_TARGET_MS (30001) is above OVERLOAD_DEADLINE_S (30 s)" in refusal()
+    environment.setenv("OVERLOAD_DEADLINE_S", "30.001")
+    assert not load().sheds
+    environment.setenv("CATCH_UP", "skip")
+    assert load().sheds
 
 
 def test_a_transaction_cannot_outlast_what_brokers_allow(environment: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import bytewax.operators as op
 import numpy as np
 import pytest
+import structlog
 from bytewax.dataflow import Dataflow, Stream
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 from bytewax.recovery import RecoveryConfig, init_db_dir
@@ -22,11 +23,12 @@ from confluent_kafka import Message
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dataflows import recovery
+from dataflows import measure, recovery
 from dataflows.kafka.records import OutRecords, Records
 from dataflows.metrics import OUTCOMES, Metrics
 from dataflows.steps import answered as answered_step
 from dataflows.steps import decode as decode_step
+from dataflows.steps import encode as encode_step
 from dataflows.steps import lookup as lookup_step
 from dataflows.steps import score as score_step
 from dataflows.steps import windows as windows_step
@@ -40,9 +42,9 @@ from features import journal
 from features.batch import EventBatch, in_order
 from features.events import EventDecoder
 from features.fraud import CARD, FRAUD, SOURCES, TERMINAL, FraudReport, Transaction
+from features.guarded_reads import Profiles, Served
 from features.journal import SEED, Journal, Stored
 from features.offline import Replay
-from features.online_store import StoreUnavailable
 from features.profiles import CUSTOMER_PROFILE, PROFILES, TERMINAL_PROFILE
 from features.state_dir import FORMAT, StateDir, StateManifest, write_state
 from features.windows import SHARDS, Layout, WindowState
@@ -60,7 +62,8 @@ Step = Callable[[Stream[Any]], Stream[Any]]
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
     """Metrics of the test's own."""
     own = Metrics()
-    for module in (answered_step, decode_step, lookup_step, score_step, windows_step):
+    steps = (answered_step, decode_step, encode_step, lookup_step, score_step, windows_step)
+    for module in (*steps, measure):
         monkeypatch.setattr(module, "METRICS", own)
     return own
 
@@ -613,46 +616,99 @@ def test_news_has_done_its_work(metrics: Metrics) -> None:
 
 
 class Store:
-    """An online store that knows C1 and every terminal, and may be down."""
+    """An online store that knows C1 and every terminal; batches find it as the test says."""
 
-    def __init__(self) -> None:
-        self.down = False
+    def __init__(self, read: Any = None, *, is_open: bool = False) -> None:
+        self.read = read
+        self.open = is_open
 
-    def lookup(self, view: Any, keys: Any, now_ms: Any, *, read: bool = True) -> tuple[Any, Any]:
-        if read and self.down:
-            raise StoreUnavailable("no answer within 0.5 s")
-        known = (keys == b"C1") | (view is TERMINAL_PROFILE)
-        values = np.where(known, now_ms % 97.0, np.nan)[:, None] + np.arange(len(view.fields))
-        return values, np.where(known, 5000.0, np.nan)
+    def lookup(self, asked: Any, now_ms: Any) -> list[Profiles]:
+        found = []
+        for view, keys in asked:
+            known = (keys == b"C1") | (view is TERMINAL_PROFILE)
+            values = np.where(known, now_ms % 97.0, np.nan)[:, None] + np.arange(len(view.fields))
+            served = np.where(known, Served.FRESH, Served.MISSING).astype(np.uint8)
+            served += self.read not in (None, "ok")
+            ages = np.where(known, 5000.0 + 1000 * np.arange(len(keys)), np.nan)
+            found.append(Profiles(values, ages, served, self.read, "why" if self.read else ""))
+        return found
+
+    def is_open(self, view: Any) -> bool:
+        return self.open
 
 
-def test_lookup_adds_every_field_and_the_age(metrics: Metrics) -> None:
-    batch = events([(TRANSACTION, card, "T1", 1_600_000_000_000, 1) for card in ("C1", "C2")])
+def lookups(metrics: Metrics, view: str) -> list[float]:
+    results = ("fresh", "stale", "missing")
+    return [count(metrics, "profile_lookups", view, result) for result in results]
+
+
+def test_lookup_adds_every_field_its_age_and_how_it_was_served(metrics: Metrics) -> None:
+    batch = events([(TRANSACTION, card, "T1", 1_600_000_000_000, 1) for card in ("C1", "C2", "C1")])
     (out,) = run([batch], lambda up: lookup("p", up, cast(Any, Store()), PROFILES))
     base = 1_600_000_000_000 % 97
     for i, name in enumerate(CUSTOMER_PROFILE.columns):
-        np.testing.assert_array_equal(out[name], [base + i, np.nan])
+        np.testing.assert_array_equal(out[name], [base + i, np.nan, base + i])
     for i, name in enumerate(TERMINAL_PROFILE.columns):
-        np.testing.assert_array_equal(out[name], [base + i, base + i])
-    np.testing.assert_array_equal(out["customer_profile__age_ms"], [5000, np.nan])
-    assert count(metrics, "profiles_missing", "customer_profile") == 1
-    assert count(metrics, "profiles_missing", "terminal_profile") == 0
+        np.testing.assert_array_equal(out[name], [base + i] * 3)
+    np.testing.assert_array_equal(out["customer_profile__age_ms"], [5000, np.nan, 7000])
+    assert out["customer_profile__served"].tolist() == [0, 2, 0]
+    assert out["customer_profile__served"].dtype == np.uint8
+    assert lookups(metrics, "customer_profile") == [2, 0, 1]
+    assert lookups(metrics, "terminal_profile") == [3, 0, 0]
+    assert count(metrics, "profile_age", "customer_profile") == 6  # mean of the rows used, s
     assert set(batch) < set(out)
 
 
-def test_a_failing_store_does_not_stop_the_flow(metrics: Metrics) -> None:
+def test_a_store_that_fails_is_counted_and_marked_on_the_events(metrics: Metrics) -> None:
     store = Store()
+    course = [("ok", False), ("failed", False), ("late", True), ("refused", True), (None, False)]
 
     def batches() -> Iterator[EventBatch]:
-        for i, down in enumerate([False, True, True, False]):
-            store.down = down
-            yield events([(TRANSACTION, "C1", "T1", 1_600_000_000_000, 1)], first_seq=i)
+        for i, (read, is_open) in enumerate(course):
+            store.read, store.open = read, is_open
+            cards = ("C1", "C2")
+            yield events([(TRANSACTION, card, "T1", 1_600_000_000_000, 1) for card in cards], 2 * i)
+            assert count(metrics, "breaker_open", "terminal_profile") == is_open
 
     out = run(cast(Any, batches()), lambda up: lookup("p", up, cast(Any, store), PROFILES))
-    assert [batch["seq"].tolist() for batch in out] == [[0], [1], [2], [3]]
-    assert all(not np.isnan(batch["customer_profile__x_home"]).any() for batch in out)
+    served = [batch["customer_profile__served"].tolist() for batch in out]
+    assert served == [[0, 2], [1, 3], [1, 3], [1, 3], [0, 2]]
+    for view, known in ((CUSTOMER_PROFILE, 1), (TERMINAL_PROFILE, 2)):
+        assert lookups(metrics, view.name) == [2 * known, 3 * known, 5 * (2 - known)]
+        for read, _ in course[:4]:
+            assert count(metrics, "store_reads", view.name, str(read)) == 1
+
+
+def test_a_store_that_fails_is_logged_now_and_then_and_once_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, clock = Store(), [1_000.0]
+    logged = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(structlog.PrintLogger(), processors=[logged])
+    monkeypatch.setattr(lookup_step, "log", logger)
+
+    def batches() -> Iterator[EventBatch]:
+        # (seconds later, read, open)
+        course = [(0, "ok", 0)] + [(1, "late", 0)] * 25 + [(1, "ok", 1), (1, "ok", 0), (1, "ok", 0)]
+        course += [(1, "failed", 0), (1, "ok", 0), (1, None, 0)]
+        for i, (later, read, is_open) in enumerate(course):
+            clock[0] += later
+            store.read, store.open = read, bool(is_open)
+            cards = ("C1", "C2")
+            yield events([(TRANSACTION, card, "T1", 1_600_000_000_000, 1) for card in cards], 2 * i)
+
+    run(
+        cast(Any, batches()),
+        lambda up: lookup("p", up, cast(Any, store), PROFILES, lambda: clock[0]),
+    )
     for view in PROFILES:
-        assert count(metrics, "store_failures", view.name) == 2
+        mine = [line for line in logged.entries if line["view"] == view.name]
+        # After 1, 11 and 21 s of the 25; back with the breaker closed; the last failure is too
+        # soon after to be told, and so is that it was over.
+        assert [line["log_level"] for line in mine] == [*["warning"] * 3, "info"]
+        assert [line["events"] for line in mine] == [2, 20, 20, 8]
+        assert all(line["why"] == "why" and line["read"] == "late" for line in mine[:3])
+        assert mine[3]["after_s"] == 26
 
 
 # Score and encode
@@ -702,8 +758,10 @@ def test_scores_decisions_and_reasons(metrics: Metrics) -> None:
     why = [-1, -1], [2, 0]
     assert out["#reasons"].tolist() == [list(why[i]) for i in (0, 1, 1, 1, 0, 0)]
     assert scorer.explained == 3, "only the flagged are explained: it costs 16 scorings a row"
+    predictions(out)
     for decision, n in (("approve", 2), ("review", 3), ("block", 1)):
         assert count(metrics, "decisions", decision) == n
+    assert count(metrics, "predictions", "full") == 6
 
 
 @pytest.mark.parametrize("reasons", [0, 1, 3])
@@ -712,7 +770,7 @@ def test_as_many_reasons_as_asked_for(reasons: int) -> None:
 
 
 def predictions(batch: EventBatch, now_s: float = 1_600_000_001.0) -> tuple[OutRecords, list[Any]]:
-    (out,) = run([batch], lambda up: encode("e", up, FRAUD, "model-1", TOPICS, lambda: now_s))
+    (out,) = run([batch], lambda up: encode("e", up, FRAUD, "model-1", TOPICS, now_s=lambda: now_s))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -736,6 +794,7 @@ def test_a_prediction_is_this_json() -> None:
         "model_version": "model-1",
         "schema_hash": FRAUD.schema_hash,
         "latency_ms": 995,
+        "score_mode": "full",
     }
     assert found[0] == {"transaction_id": "tx0", "score": 0.1, "decision": "approve", **common}
     reasons = [
@@ -764,7 +823,7 @@ def test_no_reasons_if_none_are_wanted() -> None:
 
 
 def test_the_fields_of_the_records_are_an_interface() -> None:
-    """Consumers parse these: add at the end, do not rename."""
+    """Consumers parse these by name: add, do not rename."""
     assert Prediction.__struct_fields__ == (
         "transaction_id",
         "card_id",
@@ -775,7 +834,10 @@ def test_the_fields_of_the_records_are_an_interface() -> None:
         "model_version",
         "schema_hash",
         "latency_ms",
+        "score_mode",
+        "without",
         "reasons",
+        "shed",
     )
     assert AuditRecord.__struct_fields__ == (
         "transaction_id",

@@ -1,0 +1,120 @@
+"""What a source counts reaches the metrics, the health checks and the overload control."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from dataflows.health import Health, endpoints
+from dataflows.kafka.source import SourceStats
+from dataflows.metrics import Metrics
+from dataflows.observe import Observer
+from dataflows.overload import Overload
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"scoring_{name}", labels)
+
+
+def test_counts_of_the_source_are_served(tmp_path: Path) -> None:
+    (tmp_path / "part-0.sqlite3").write_bytes(b"x" * 1000)
+    (tmp_path / "part-0.sqlite3-wal").write_bytes(b"x" * 24)
+    metrics, health = Metrics(), Health()
+    observer = Observer(metrics, health, None, {"tx": 3600.0}, tmp_path)
+    stats = SourceStats(
+        lag={("tx", 0): 7, ("news", 1): 0},
+        lag_s={("tx", 0): 2.5, ("news", 1): 0.0},
+        newest_ms={"tx": 1_700_000_000_500},
+        buffered=5,
+        busy_s=1.5,
+        throttled_s=0.25,
+        age_s=0.1,
+    )
+    for _ in range(2):  # counters grow by what is new
+        observer(stats)
+    assert value(metrics, "lag_records", topic="tx", partition="0") == 7
+    assert value(metrics, "lag_seconds", topic="tx", partition="0") == 2.5
+    assert value(metrics, "retention_headroom_seconds", topic="tx", partition="0") == 3597.5
+    assert value(metrics, "retention_headroom_seconds", topic="news", partition="1") is None
+    assert value(metrics, "last_record_timestamp_seconds", topic="tx") == 1_700_000_000.5
+    assert value(metrics, "buffered_records") == 5
+    assert value(metrics, "worker_busy_seconds_total") == 1.5
+    assert value(metrics, "throttled_seconds_total") == 0.25
+    assert value(metrics, "record_age_seconds") == 0.1
+    assert value(metrics, "brokers_reachable") == 1
+    assert value(metrics, "epoch_seconds_count") == 0
+
+    stats.epochs, stats.snapshot_s, stats.outage_since = 1, 0.02, 1.0
+    observer(stats)
+    assert value(metrics, "epoch_seconds_count") == 1
+    assert value(metrics, "snapshot_seconds_sum") == 0.02
+    assert value(metrics, "recovery_store_bytes") == 1024
+    assert value(metrics, "recovery_volume_bytes") == shutil.disk_usage(tmp_path).total
+    assert value(metrics, "brokers_reachable") == 0
+
+
+def test_the_end_of_an_outage_and_an_empty_queue_reach_the_control() -> None:
+    now = [1_000_000.0]
+    control = Overload(
+        "degrade", target_s=0.5, deadline_s=5, now_s=lambda: now[0], elapsed_s=lambda: now[0]
+    )
+    observer = Observer(Metrics(), Health(), control, {}, None)
+    control.level = 1
+    stats = SourceStats(lag={("tx", 0): 1})
+
+    def observed_for(seconds: int) -> int:
+        for _ in range(2 * seconds):
+            now[0] += 0.5
+            observer(stats)
+        return control.level
+
+    assert observed_for(20) == 1, "something waits, and nothing is known of its age"
+    stats.lag["tx", 0] = 0
+    assert observed_for(3) == 0
+
+    began_ms = control._began_ms
+    stats.outage_since = 1.0
+    observer(stats)
+    assert control._began_ms == began_ms
+    stats.outage_since = None
+    observer(stats)
+    assert control._began_ms == now[0] * 1000 > began_ms
+
+
+def test_health_is_what_a_supervisor_needs() -> None:
+    now = [100.0]
+    health = Health(stale_after_s=60, now=lambda: now[0])
+    metrics = Metrics()
+    metrics.count("tx", "read", 3)
+    client = TestClient(endpoints(metrics.registry, health))
+    assert client.get("/healthz").status_code == 200
+    starting = client.get("/readyz")
+    assert starting.status_code == 503
+    assert [check["ok"] for check in starting.json()["checks"]] == [True, False, False]
+
+    health.model, health.reading = "v1", True
+    assert client.get("/readyz").status_code == 200
+    health.outage_since = 90.0
+    outage = client.get("/readyz")
+    assert outage.status_code == 503
+    assert "no broker has answered for 10 s" in outage.text
+    assert client.get("/healthz").status_code == 200, "a restart brings no broker back"
+
+    now[0] += 60.1
+    stuck = client.get("/healthz")
+    assert stuck.status_code == 503
+    assert "160" not in stuck.text and "60 s ago" in stuck.text
+    health.epoch_at = now[0]
+    assert client.get("/healthz").status_code == 200
+
+    served = client.get("/metrics")
+    assert served.headers["content-type"].startswith("text/plain; version=")
+    assert 'scoring_events_total{outcome="read",topic="tx"} 3.0' in served.text
+
+
+@pytest.mark.parametrize("path", ["/", "/metric"])
+def test_nothing_else_is_served(path: str) -> None:
+    assert TestClient(endpoints(Metrics().registry, Health())).get(path).status_code == 404
