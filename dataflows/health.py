@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -28,26 +28,37 @@ class Health:
 
     Attributes:
         stale_after_s: how long an epoch may take, in seconds, before the flow counts as stuck.
+        unconfirmed_since: returns since when brokers have confirmed nothing that was written, by
+            `now`; None: they do, or nothing was.
         now: monotonic clock, in seconds.
-        epoch_at: when an epoch last became durable, or the process began, by `now`.
-        reading: whether the source has begun to read.
-        outage_since: since when no broker answers, by `now`; None: one does.
+        epoch_at: when an epoch last became durable, or the flow began to read, by `now`; None: it
+            has not begun.
+        outage_since: since when no broker answers who reads, by `now`; None: one does.
         model: version of the model that is loaded.
     """
 
     stale_after_s: float = 60.0
+    unconfirmed_since: Callable[[], float | None] = lambda: None
     now: Callable[[], float] = time.monotonic
-    epoch_at: float = field(init=False)
-    reading: bool = False
+    epoch_at: float | None = None
     outage_since: float | None = None
     model: str | None = None
 
-    def __post_init__(self) -> None:
+    def works(self) -> None:
+        """Note that the flow has begun to read, or that an epoch has ended."""
         self.epoch_at = self.now()
+
+    def silent_since(self) -> float | None:
+        """Return since when no broker answers, by `now`; None: one does."""
+        both = self.outage_since, self.unconfirmed_since()
+        return min((since for since in both if since is not None), default=None)
 
     def alive(self) -> list[Check]:
         """Return what must be so of a process that is not to be restarted."""
-        age_s = self.now() - self.epoch_at
+        epoch_at = self.epoch_at
+        if epoch_at is None:
+            return [Check("epoch", True, "no epoch has begun: the flow is starting, or resuming")]
+        age_s = self.now() - epoch_at
         ok = age_s <= self.stale_after_s
         sentence = f"the last epoch ended {age_s:.0f} s ago"
         if not ok:
@@ -60,15 +71,16 @@ class Health:
     def ready(self) -> list[Check]:
         """Return what must be so of a process that does its work now."""
         model = "no model is loaded yet" if self.model is None else f"model {self.model} is loaded"
-        brokers = "the brokers answer"
-        if self.outage_since is not None:
-            since_s = self.now() - self.outage_since
-            brokers = f"no broker has answered for {since_s:.0f} s; the flow waits for them"
-        elif not self.reading:
+        brokers, reading, silent = "the brokers answer", self.epoch_at is not None, None
+        since = self.silent_since()
+        if since is not None:
+            silent = self.now() - since
+            brokers = f"no broker has answered for {silent:.0f} s; the flow waits for them"
+        elif not reading:
             brokers = "nothing has been read yet: the flow is starting, or resuming"
         return [
             Check("model", self.model is not None, model),
-            Check("brokers", self.reading and self.outage_since is None, brokers),
+            Check("brokers", reading and silent is None, brokers),
         ]
 
     def all(self) -> list[Check]:

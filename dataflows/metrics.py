@@ -146,7 +146,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         of = _LabelCached(self.registry)
         # The account, and what it is made of.
-        self._shed: dict[str, int] = {}
         self.events = of.counter("events", "Events by input topic and outcome", "topic", "outcome")
         self.dead_letters = of.counter(
             "dead_letters", "Refused events by input topic and reason", "topic", "reason"
@@ -205,7 +204,9 @@ class Metrics:
             *("topic", "partition"),
         )
         self.record_age = of.gauge(
-            "record_age_seconds", "Smallest age of a record in the last control interval"
+            "record_age_seconds",
+            "Smallest age of the records passed on in the last quarter of a second; if none was, "
+            "of the oldest one waiting",
         )
         self.headroom = of.gauge(
             "retention_headroom_seconds",
@@ -257,14 +258,26 @@ class Metrics:
         self.throttled_s = of.counter(
             "throttled_seconds", "Time in which the rate limit held records back"
         )
-        self.overload_level = of.gauge("overload_level", "0: all events are scored in full")
-        self.brokers_reachable = of.gauge("brokers_reachable", "1 unless no broker answers")
+        self.overload_level = of.gauge(
+            "overload_level",
+            "One event in 2 to the power of this is scored in full, but for late ones, those that "
+            "came in a downtime, and critical ones",
+        )
+        self.brokers_reachable = of.gauge(
+            "brokers_reachable", "1 unless no broker answers; NaN: none was asked yet"
+        )
+        self.brokers_reachable.set(math.nan)
         self.epoch_s = of.histogram(
             "epoch_seconds", "From one durable snapshot to the next", LATENCY_BOUNDS_S
         )
         self.snapshot_s = of.histogram(
             "snapshot_seconds", "How long a snapshot stopped the worker", LATENCY_BOUNDS_S
         )
+        self.snapshot_bytes = of.gauge(
+            "snapshot_bytes", "State given to the last snapshot, in bytes"
+        )
+        #: The same, of all snapshots of this life.
+        self.given_bytes = 0
         self.last_epoch = of.gauge(
             "last_epoch_timestamp_seconds", "When an epoch last became durable"
         )
@@ -283,25 +296,38 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
 
+    def expect(
+        self,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        reasons: Sequence[str],
+        decisions: Sequence[str],
+        modes: Sequence[str],
+    ) -> None:
+        """Export what may be counted as 0 from now on: a rate does not see a first value.
+
+        `reasons` are those of dead letters, `modes` how predictions are made.
+        """
+        for topic in inputs:
+            for outcome in OUTCOMES:
+                self.events.labels(topic, outcome)
+            for reason in reasons:
+                self.dead_letters.labels(topic, reason)
+        for topic in outputs:
+            self.written.labels(topic)
+            self.suppressed.labels(topic)
+            for result in ("committed", "aborted"):
+                self.transactions.labels(topic, result)
+        for decision in decisions:
+            self.decisions.labels(decision)
+        for mode in modes:
+            self.predictions.labels(mode)
+
     def count(self, topic: str, outcome: str, n: int) -> None:
         """Add to the account of a topic."""
         if n:
             self.events.labels(topic, outcome).inc(n)
-
-    def shed(self, topic: str, n: int) -> None:
-        """Add to the account events whose prediction, which is yet to be delivered, is none."""
-        self.count(topic, "shed", n)
-        self._shed[topic] = self._shed.get(topic, 0) + n
-
-    def answered(self, topic: str, n: int) -> None:
-        """Add delivered predictions to the account: as scored, but for those that are none.
-
-        Which of those under way are delivered first is not known; once all are, the sums are right.
-        """
-        shed = min(n, self._shed.get(topic, 0))
-        if shed:
-            self._shed[topic] -= shed
-        self.count(topic, "scored", n - shed)
 
     def set_skipped(self, skipped: Mapping[tuple[str, int], int]) -> None:
         """Tell how many records retention took, in this life, by (topic, partition)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from dataflows.health import Health
 from dataflows.kafka.sink import outstanding
 from dataflows.kafka.source import SourceStats
+from dataflows.kafka.writer import Wait
 from dataflows.metrics import Metrics
 from dataflows.overload import Overload
 
@@ -34,7 +35,8 @@ class Observer:
         self._retention_s, self._store = retention_s, store
         self._epochs, self._epoch_at = 0, time.monotonic()
         self._busy_s = self._throttled_s = 0.0
-        self._outage = False
+        self._given_bytes = 0
+        self._outages: int | None = None
 
     def __call__(self, stats: SourceStats) -> None:
         """Tell what has changed since the last call. O(partitions)."""
@@ -54,21 +56,22 @@ class Observer:
         metrics.busy_s.inc(stats.busy_s - self._busy_s)
         metrics.throttled_s.inc(stats.throttled_s - self._throttled_s)
         self._busy_s, self._throttled_s = stats.busy_s, stats.throttled_s
-        metrics.brokers_reachable.set(stats.outage_since is None)
         for topic, records in outstanding().items():
             metrics.producer_queue.labels(topic).set(records)
-        self._health.reading = True
         self._health.outage_since = stats.outage_since
+        if self._health.epoch_at is None:
+            self._health.works()
+        metrics.brokers_reachable.set(self._health.silent_since() is None)
         self._control(stats)
         if stats.epochs > self._epochs:
             self._epochs = stats.epochs
             self._epoch_is_over(stats)
 
     def _control(self, stats: SourceStats) -> None:
-        outage, self._outage = self._outage, stats.outage_since is not None
         if self._overload is None:
             return
-        if outage and not self._outage:
+        before, self._outages = self._outages, stats.outages + Wait.outages
+        if self._outages != before:  # it could not read until now: for an outage, or at the start
             self._overload.interrupted()
         if not stats.buffered and not any(stats.lag.values()):
             self._overload.idle()
@@ -80,11 +83,17 @@ class Observer:
         metrics.snapshot_s.observe(stats.snapshot_s)
         metrics.stage_s.labels("snapshot").observe(stats.snapshot_s)
         metrics.last_epoch.set(time.time())
-        self._epoch_at = self._health.epoch_at = now
+        self._epoch_at = now
+        self._health.works()
+        metrics.snapshot_bytes.set(metrics.given_bytes - self._given_bytes)
+        self._given_bytes = metrics.given_bytes
         if self._store is None:
             return
-        # Five files, once an epoch: some 20 µs.
-        metrics.store_bytes.set(sum(file.stat().st_size for file in self._store.glob("*.sqlite3*")))
-        volume = shutil.disk_usage(self._store)
+        try:  # five files, once an epoch: some 20 µs
+            files = self._store.glob("*.sqlite3*")
+            metrics.store_bytes.set(sum(file.stat().st_size for file in files))
+            volume = shutil.disk_usage(self._store)
+        except OSError:  # another process ends, and its files go: the next epoch tells
+            return
         metrics.volume_free.set(volume.free)
         metrics.volume_bytes.set(volume.total)

@@ -57,7 +57,7 @@ class Overload:
         elapsed_s: monotonic clock, in seconds.
 
     Attributes:
-        level: 0 … `MOST_LEVEL`.
+        level: 0 … `MOST_LEVEL`; under ``block`` it stays 0.
         youngest_s: smallest age in the last interval that is over, in seconds.
 
     One per worker, on its thread.
@@ -86,14 +86,20 @@ class Overload:
         self._until = elapsed_s() + interval_s
         self._least_s: float | None = None  # age, in this interval
         self._calm = 0
+        self._asked = False
 
     def interrupted(self) -> None:
         """Note that the flow could not read until now: what it reads next came in the meantime."""
         self._began_ms = self._now_s() * 1000
 
     def idle(self) -> None:
-        """Note that nothing is waiting: the queue is short."""
-        self._observe(0.0)
+        """Note that nothing waits here: the queue is short, if no event came since the last time.
+
+        (In a cluster the events come from other processes too, which know what waits there.)
+        """
+        asked, self._asked = self._asked, False
+        if not asked:
+            self._observe(0.0)
 
     def ways(
         self,
@@ -105,10 +111,11 @@ class Overload:
 
         `append_time` is the broker's, in ms; `critical` events are always scored in full; `draws`
         is a number of each event that is evenly distributed and the same in every life, such as a
-        hash of its id, so that an epoch that is computed again samples the same events. O(n).
+        hash of its id: at a level the same events are chosen, whoever asks. O(n).
         """
         if len(append_time) == 0:
             return None
+        self._asked = True
         now_ms = self._now_s() * 1000
         youngest_ms = float(append_time.max())
         if youngest_ms >= self._began_ms:
@@ -151,6 +158,8 @@ class Overload:
             return
         self._until = elapsed_s + self._interval_s
         self.youngest_s, self._least_s = self._least_s, None
+        if self.policy == "block":
+            return
         if self.youngest_s > self._target_s:
             self._calm = 0
             self.level = min(self.level + 1, MOST_LEVEL)

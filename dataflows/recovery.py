@@ -106,6 +106,8 @@ class Launch:
     processes: int
     #: In each process.
     workers: int
+    #: Of epochs, in seconds.
+    interval_s: float = 10.0
 
 
 def launched() -> Launch | None:
@@ -119,7 +121,14 @@ def launched() -> Launch | None:
     given = bytewax.run._parse_args()  # type: ignore[no-untyped-call]
     addresses = (given.addresses or "").split(";")
     workers = given.workers_per_process or 1
-    return Launch(given.recovery_directory, given.process_id or 0, len(addresses), workers)
+    interval = given.snapshot_interval
+    return Launch(
+        given.recovery_directory,
+        given.process_id or 0,
+        len(addresses),
+        workers,
+        10.0 if interval is None else interval.total_seconds(),
+    )
 
 
 # Make and own

@@ -19,15 +19,16 @@ from confluent_kafka.admin import AdminClient
 
 from dataflows import measure, recovery
 from dataflows.health import Health, endpoints
+from dataflows.kafka.client_log import Calm
 from dataflows.kafka.errors import StartupError
-from dataflows.kafka.sink import KafkaSink, poll_sinks
+from dataflows.kafka.sink import PREDICTION_TOO_LARGE, KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
     SourceTopic,
     install_drain_handlers,
 )
 from dataflows.kafka.topics import partition_counts, retention_s
-from dataflows.kafka.writer import Delivery
+from dataflows.kafka.writer import Delivery, Wait
 from dataflows.metrics import METRICS
 from dataflows.observe import Observer
 from dataflows.overload import Overload
@@ -38,17 +39,18 @@ from dataflows.page.server import ServeError, serve
 from dataflows.page.status import Status
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.distinct import Dedupe
+from dataflows.steps.encode import SCORE_MODES
 from dataflows.steps.short_answer import LastScores
 from dataflows.steps.triage import Shedding
 from dataflows.steps.windows import Shards
 from features.batch import EventBatch
-from features.events import Event, EventDecoder
+from features.events import REASONS, Event, EventDecoder
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction, at_least
 from features.guarded_reads import GuardedReads
 from features.online_store import OnlineStore, StoreNotReady, StoreUnavailable, freeze_gc
 from features.profiles import PROFILES
 from features.state_dir import StateDir, StateError
-from model.package import PackageError, Thresholds
+from model.package import DECISIONS, PackageError, Thresholds
 from model.scorer import Scorer
 
 log = structlog.get_logger()
@@ -65,6 +67,9 @@ _REMEDIABLE = (
     StoreNotReady,
     StoreUnavailable,
 )
+
+#: Log lines that say the same, in half a minute.
+_MOST_LINES = 10
 
 #: Steps with state that can be switched off by a setting.
 OPTIONAL_STEPS = ("fraud.distinct.state",)
@@ -107,8 +112,7 @@ class Runtime:
             settings = load()
             configure_logging(settings)
             store = recovery.open_store("fraud", settings.delivery)
-            # Longer than an outage that is waited out: then the flow ends by itself, and says why.
-            health = Health(stale_after_s=settings.message_timeout_s + 60)
+            health = Health(_stale_after_s(settings), lambda: Wait.since)
             recent = _serve(settings, health)
             if settings.tracing_endpoint:
                 _trace(settings.tracing_endpoint)
@@ -166,11 +170,19 @@ class Runtime:
         StartupError, each with a remedy.
         """
         partitions, kept_s = _check_kafka(settings)
+        METRICS.brokers_reachable.set(1)
         topic_of: dict[type[Event], str] = {
             Transaction: settings.transactions_topic,
             FraudReport: settings.fraud_reports_topic,
         }
         topics = [topic_of[event] for event in SOURCES]
+        METRICS.expect(
+            topics,
+            [settings.predictions_topic, settings.dead_letters_topic, settings.audit_topic],
+            reasons=[*REASONS, PREDICTION_TOO_LARGE],
+            decisions=DECISIONS,
+            modes=SCORE_MODES,
+        )
         start = None
         if settings.state_dir is not None:
             start = StateDir(settings.state_dir, FRAUD, settings.shards)
@@ -184,6 +196,12 @@ class Runtime:
         reads = GuardedReads(store, budget_s=settings.feast_budget_ms / 1000)
         skew_ms = round(settings.max_clock_skew_s * 1000)
 
+        def snapshotted() -> None:
+            # A process without input partitions has no source to tell of its epochs.
+            METRICS.last_epoch.set(time.time())
+            if health is not None:
+                health.works()
+
         def sink(topic: str, observe: Callable[[Delivery], None]) -> KafkaSink:
             return KafkaSink(
                 topic,
@@ -196,19 +214,25 @@ class Runtime:
                 tail_max_records=settings.tail_max_records,
                 either_copy=settings.dedupe,
                 observe=observe,
+                snapshotted=snapshotted,
                 startup_timeout_s=settings.startup_timeout_s,
             )
 
         def predicted(delivery: Delivery) -> None:
-            METRICS.answered(settings.transactions_topic, delivery.delivered + delivery.suppressed)
+            answered = delivery.delivered + delivery.suppressed - delivery.shed
+            METRICS.count(settings.transactions_topic, "scored", answered)
+            METRICS.count(settings.transactions_topic, "shed", delivery.shed)
             METRICS.count(settings.transactions_topic, "dead_lettered", delivery.too_large)
+            refused = METRICS.dead_letters.labels(settings.transactions_topic, PREDICTION_TOO_LARGE)
+            refused.inc(delivery.too_large)
             METRICS.latency.observe_ms(delivery.latency_ms)
             written(delivery)
 
         def written(delivery: Delivery) -> None:
             METRICS.written.labels(delivery.topic).inc(delivery.delivered)
             METRICS.suppressed.labels(delivery.topic).inc(delivery.suppressed)
-            METRICS.stage_s.labels("produce").observe(delivery.write_s)
+            for seconds in delivery.write_s.tolist():  # a micro-batch each
+                METRICS.stage_s.labels("produce").observe(seconds)
             METRICS.resume_scan.labels(delivery.topic).inc(delivery.compared)
             for result, n in (("committed", delivery.commits), ("aborted", delivery.aborts)):
                 METRICS.transactions.labels(delivery.topic, result).inc(n)
@@ -262,6 +286,16 @@ class Runtime:
             shedding=shedding,
             notice=None if recent is None else partial(recent.add, model_version=scorer.version),
         )
+
+
+def _stale_after_s(settings: Settings) -> float:
+    """Return how long an epoch may take: longer than an outage that is waited out, by either side.
+
+    After that the flow ends by itself, and says why.
+    """
+    launch = recovery.launched()
+    interval_s = 10.0 if launch is None else launch.interval_s
+    return interval_s + 2 * (settings.message_timeout_s + 5) + 60
 
 
 def _serve(settings: Settings, health: Health) -> Recent | None:
@@ -373,6 +407,12 @@ def report() -> None:
     )
 
 
+def _kind_of_line(record: logging.LogRecord) -> str:
+    """Return what lines have in common that say the same of different things."""
+    said = record.msg
+    return f"{record.name}: {said['event'] if isinstance(said, dict) else said}"
+
+
 def configure_logging(settings: Settings) -> None:
     """Send log lines, the standard library's too, to stderr in the chosen form."""
     shared: list[structlog.typing.Processor] = [
@@ -395,6 +435,7 @@ def configure_logging(settings: Settings) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Calm(_MOST_LINES, kind_of=_kind_of_line))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -142,13 +142,17 @@ class Settings(BaseSettings):
         100_000, ge=1, le=100_000_000, description="Most profiles cached of each view"
     )
     feast_budget_ms: float = Field(
-        20, ge=1, le=10_000, description="How long a micro-batch waits for the online store (ms)"
+        20,
+        ge=1,
+        le=10_000,
+        description="How long a micro-batch waits for the online store (ms); docs/overload.md",
     )
     rate_limit: float = Field(
         0,
         ge=0,
         le=10_000_000,
-        description="Most events read of each input partition (1/s); 0 is no limit",
+        description="Most events read of each input partition (1/s), which holds up the others if "
+        "it is reached; 0 is no limit",
     )
     rate_burst: int = Field(
         1000,

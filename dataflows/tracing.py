@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 
+from dataflows.kafka.dead_letter import read_headers
 from dataflows.kafka.records import Header
 from features.batch import Column, EventBatch
 
@@ -55,10 +56,14 @@ class Tracing:
     @staticmethod
     def column(messages: Sequence[Message]) -> Column:
         """Return the ``traceparent`` of each record, S55 [n]; empty where none is well-formed."""
-        return np.array([_of(message.headers()) for message in messages], dtype=f"S{_LENGTH}")
+        return np.array([_of(read_headers(message)) for message in messages], dtype=f"S{_LENGTH}")
 
     def step(self, stage: str, seconds: float, batches: Iterable[Any]) -> None:
-        """Note that a step took so long, until now, for these batches."""
+        """Note that a step took so long, until now, for these batches.
+
+        One span for each, in the trace of its first sampled event, with links to the others, 127
+        at most: how many there were is an attribute.
+        """
         for batch in batches:
             rows = sampled(batch)
             if not len(rows):
@@ -134,7 +139,7 @@ def sampled(batch: Any) -> Column:
 _ODD = np.array([b"1", b"3", b"5", b"7", b"9", b"b", b"d", b"f"])
 
 
-def _of(headers: list[tuple[str, bytes | None]] | None) -> bytes:
+def _of(headers: list[Header] | None) -> bytes:
     for name, value in headers or ():
         if name == TRACEPARENT and value is not None and _WELL_FORMED(value):
             return value

@@ -44,6 +44,8 @@ DTYPES: dict[str, Any] = {
     "whole": np.dtype(np.int64),
     "number": np.dtype(np.float64),
 }
+#: Why a record may be refused, in a word.
+REASONS = ("tombstone", "empty", "too_large", "not_utf8", "not_json", "invalid")
 SCALES = {"money": MONEY_SCALE, "whole": 1}
 
 

@@ -1,4 +1,4 @@
-"""Keep what librdkafka says readable in an outage: it says the same many times a second."""
+"""Keep the log readable: in an outage librdkafka says the same many times a second."""
 
 from __future__ import annotations
 
@@ -11,27 +11,52 @@ _SAME_EVERY_S = 30.0
 _MOST_KINDS = 1000
 
 
+def _without_numbers(record: logging.LogRecord) -> str:
+    return re.sub(r"\d+", "", record.getMessage())
+
+
 class Calm(logging.Filter):
-    """Pass a line at most every 30 s; lines that differ only in their numbers are the same.
+    """Pass at most `most` lines of a kind within 30 s, and say how many were not passed.
+
+    Lines are of a kind if they differ only in their numbers, or as `kind_of` says.
 
     >>> calm, line = Calm(), "FAIL [rdkafka#producer-%d]: Connection refused (after %dms)"
     >>> [calm.filter(logging.makeLogRecord({"msg": line % (n, 7 * n)})) for n in range(3)]
     [True, False, False]
     """
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        most: int = 1,
+        now_s: Callable[[], float] = time.monotonic,
+        *,
+        kind_of: Callable[[logging.LogRecord], str] = _without_numbers,
+    ) -> None:
         super().__init__()
-        self._now_s = now_s
-        self._next: dict[str, float] = {}
+        self._most, self._now_s, self._kind_of = most, now_s, kind_of
+        #: Kind → until when they are counted, and how many there were.
+        self._seen: dict[str, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind, now = re.sub(r"\d+", "", record.getMessage()), self._now_s()
-        if now < self._next.get(kind, now):
-            return False
-        if len(self._next) >= _MOST_KINDS:
-            self._next.clear()
-        self._next[kind] = now + _SAME_EVERY_S
-        return True
+        kind, now = self._kind_of(record), self._now_s()
+        until, count = self._seen.get(kind, (now, 0))
+        if now >= until:
+            if count > self._most:
+                _add(record, count - self._most)
+            until, count = now + _SAME_EVERY_S, 0
+            if len(self._seen) >= _MOST_KINDS:
+                self._seen.clear()
+        self._seen[kind] = until, count + 1
+        return count < self._most
+
+
+def _add(record: logging.LogRecord, hidden: int) -> None:
+    """Say in a line that others like it were not shown."""
+    if isinstance(record.msg, dict):  # structlog's
+        record.msg = {**record.msg, "not_shown": hidden}
+    else:
+        record.msg = f"{record.getMessage()} ({hidden} more like it were not shown)"
+        record.args = ()
 
 
 logging.getLogger("librdkafka").addFilter(Calm())

@@ -174,15 +174,21 @@ class IdempotentWriter:
             return None
         latency_ms = np.array(self._latencies_s) * 1000
         self._latencies_s.clear()
-        latency_ms += self._take_sent(len(latency_ms))
+        before_ms, shed = self._take_sent(len(latency_ms))
+        latency_ms += before_ms
         if self._last is not None:
             offset, self._last = self._last.offset(), None
             if offset is not None and offset >= 0:  # a retry of what the broker has does not tell
                 self.next_offset = offset + 1
-        return Delivery(self._topic, len(latency_ms), latency_ms[latency_ms > UNKNOWN])
+        known = latency_ms[latency_ms > UNKNOWN]
+        return Delivery(self._topic, len(latency_ms), known, shed=shed)
 
-    def _take_sent(self, count: int) -> npt.NDArray[np.float64]:
-        """Settle the next `count` rows sent; return ms from their append to their `produce`."""
+    def _take_sent(self, count: int) -> tuple[npt.NDArray[np.float64], int]:
+        """Settle the next `count` rows sent.
+
+        Returns ms from their append to their `produce`, and how many of them are of shed events.
+        """
+        shed = 0
         appended: list[npt.NDArray[np.int64]] = []
         sent_ms: list[float] = []
         while count:
@@ -190,13 +196,14 @@ class IdempotentWriter:
             start, stop = self._settled, min(self._settled + count, len(batch))
             appended.append(batch.append_time[start:stop])
             sent_ms.append(now_ms)
+            shed += batch.count_shed(start, stop)
             count -= stop - start
             self._settled = stop
             if stop == len(batch):
                 self._sent.popleft()
                 self._settled = 0
         each_ms = np.repeat(sent_ms, [len(part) for part in appended])
-        return ages_ms(np.concatenate(appended), each_ms)
+        return ages_ms(np.concatenate(appended), each_ms), shed
 
     def begin_confirm(self) -> None:
         pass  # the producer sends at once, and `confirm` flushes it for all

@@ -67,6 +67,8 @@ class OutRecords:
         headers: optional further headers of each record.
         clock_bytes: optional int64, how many bytes of each value depend on when it was made, such
             as the digits of an age: a later life must judge its size as this one did.
+        shed: optional bool, which records say that their event is not answered; None: none does.
+            They are counted where they are delivered, which may be in another process.
 
     >>> out = OutRecords([b"a", b"b"], [b"1", None], np.array([0, 0]), [b"tx1", b"tx2"])
     >>> out.take(np.array([1])).event_ids
@@ -80,6 +82,7 @@ class OutRecords:
     origins: list[bytes] | None = None
     headers: list[list[Header]] | None = None
     clock_bytes: Int64s | None = None
+    shed: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -95,6 +98,7 @@ class OutRecords:
             None if self.origins is None else _pick(self.origins, index),
             None if self.headers is None else _pick(self.headers, index),
             None if self.clock_bytes is None else self.clock_bytes[rows],
+            None if self.shed is None else self.shed[rows],
         )
 
     @staticmethod
@@ -132,7 +136,25 @@ class OutRecords:
                     for batch in batches
                 ]
             ),
+            None
+            if all(batch.shed is None for batch in batches)
+            else np.concatenate(
+                [
+                    np.zeros(len(batch), np.bool_) if batch.shed is None else batch.shed
+                    for batch in batches
+                ]
+            ),
         )
+
+    def count_shed(self, start: int = 0, stop: int | None = None) -> int:
+        """Return how many of these rows say that their event is not answered.
+
+        >>> out = OutRecords([b"a"] * 3, [b""] * 3, np.zeros(3), [b"x"] * 3)
+        >>> out.shed = np.array([True, False, True])
+        >>> out.count_shed(), out.count_shed(1)
+        (2, 1)
+        """
+        return 0 if self.shed is None else int(np.count_nonzero(self.shed[start:stop]))
 
     def largest(self) -> int:
         """Return an upper bound of what any record takes, larger than `most_bytes` but cheaper.

@@ -99,6 +99,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         tail_max_records: see `read_tail`.
         either_copy: see `dataflows.kafka.tail.Published`; True where events are deduplicated.
         observe: called with a `Delivery` for what was delivered, on the worker thread.
+        snapshotted: called on the worker thread when a partition has given its snapshot.
         startup_timeout_s: bound of the look-up of the topic.
 
     Raises:
@@ -121,6 +122,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         tail_max_records: int = MOST_RECORDS,
         either_copy: bool = False,
         observe: Callable[[Delivery], None] | None = None,
+        snapshotted: Callable[[], None] | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
     ) -> None:
         if delivery == "exactly_once" and not owner:
@@ -135,6 +137,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         self._tail_max_records = tail_max_records
         self._either_copy = either_copy
         self._observe = observe
+        self._snapshotted = snapshotted
         self._startup_timeout_s = startup_timeout_s
         self._partitions = 0
         self._most_bytes = 0
@@ -205,7 +208,9 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
             next_offset = -1 if start is None else start
             writer = IdempotentWriter(self.topic, partition, config, next_offset)
         owner = self._owner if self._delivery == "exactly_once" else ""
-        return _SinkPartition(self.topic, writer, self.partitions, owner, self._observe)
+        return _SinkPartition(
+            self.topic, writer, self.partitions, owner, self._observe, self._snapshotted
+        )
 
     def refuse_moved_keys(self, states: Mapping[str, SinkState]) -> None:
         """Raise StartupError if partitions were added while records of an open epoch are there.
@@ -347,14 +352,15 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         partitions: int,
         owner: str,
         observe: Callable[[Delivery], None] | None,
+        snapshotted: Callable[[], None] | None,
     ) -> None:
         self.topic = topic
         self._writer = writer
         self._partitions = partitions
         self._owner = owner
-        self._observe = observe
+        self._observe, self._snapshotted = observe, snapshotted
         self.told_at = 0.0  # monotonic seconds
-        self.write_s = 0.0  # spent in `write_batch`, not told of yet
+        self.write_s: list[float] = []  # of each `write_batch` not told of yet
         self._thread = get_ident()
         _open_partitions.setdefault(self._thread, WeakSet()).add(self)
 
@@ -363,7 +369,7 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         began = time.monotonic()
         for batch in values:
             self._writer.write(batch)
-        self.write_s += time.monotonic() - began
+        self.write_s.append(time.monotonic() - began)
         # A worker without a source, or one that waits for the others, has no turns.
         if time.monotonic() - self.told_at > 2 * _TELL_EVERY_S:
             _tell([self])
@@ -378,6 +384,8 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
             other._writer.begin_confirm()
         self._writer.confirm()
         _tell([self])
+        if self._snapshotted is not None:
+            self._snapshotted()
         writer = self._writer
         return _FORMAT, writer.next_offset, self._partitions, writer.pending, self._owner
 
@@ -423,8 +431,8 @@ def _tell(partitions: Iterable[_SinkPartition]) -> None:
         each.told_at = now
         delivery = each._writer.settle()
         if delivery is not None and each._observe is not None:
-            delivery = replace(delivery, write_s=each.write_s)
-            each.write_s = 0.0
+            delivery = replace(delivery, write_s=np.array(each.write_s))
+            each.write_s.clear()
             settled.setdefault((delivery.topic, each._observe), []).append(delivery)
     for (_, observe), deliveries in settled.items():
         observe(Delivery.sum(deliveries))

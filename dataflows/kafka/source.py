@@ -104,6 +104,7 @@ _PAUSE_S = 0.001  # of the engine between two turns, unless it is asked to go on
 _DOZE_AFTER = 500  # turns, half a second
 _OBSERVE_EVERY_S = 0.25
 _LAST_COMMIT_S = 2.0
+_PROBE_EVERY_S, _PROBE_S = 2.0, 0.5
 
 _NOT_DECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, TypeError, RecursionError)
 
@@ -228,8 +229,10 @@ class SourceStats:
         read: records emitted, by topic.
         buffered: records read and not yet emitted.
         lag: records in the topics and not yet emitted, by (topic, partition); as of the last fetch.
-        lag_s: seconds since the first of these was appended, or was known to be there; 0: none is.
-        age_s: smallest age of the records emitted since the observation before, in seconds.
+        lag_s: seconds since the first of these was appended; while none of them has been fetched,
+            since anything of the partition was emitted, or was known to be there; 0: none is.
+        age_s: smallest age of the records emitted since the observation before, in seconds; if none
+            was, `lag_s` of the partition furthest behind.
         newest_ms: when the broker appended the newest record emitted, by topic.
         busy_s: seconds in which the worker had something to do.
         throttled_s: seconds in which `rate_limit` held records back.
@@ -240,6 +243,8 @@ class SourceStats:
         skipped: records lost to retention and passed over, if that was allowed, by (topic,
             partition).
         outage_since: monotonic seconds since no broker can be reached; None: all is well.
+        outages: outages that are over. `observe` is called with each before anything that came in
+            it is emitted.
     """
 
     read: dict[str, int] = field(default_factory=dict)
@@ -256,6 +261,7 @@ class SourceStats:
     hold_timeouts: int = 0
     skipped: dict[tuple[str, int], int] = field(default_factory=dict)
     outage_since: float | None = None
+    outages: int = 0
 
 
 class KafkaSource(FixedPartitionedSource[Records, int]):
@@ -406,6 +412,7 @@ class _Lane:
     __slots__ = (
         "at_end_offset",
         "behind_since",
+        "emitted_before",
         "name",
         "partition",
         "paused",
@@ -429,7 +436,8 @@ class _Lane:
         self.topic_partition = TopicPartition(topic, partition)
         self.snapshots = 0
         self.at_end_offset = -1  # of the last end-of-partition event
-        self.behind_since: float | None = None  # monotonic seconds; None: nothing is to come
+        self.behind_since = 0.0  # monotonic seconds: nothing was emitted since, or to come before
+        self.emitted_before = -1  # offset, at the last observation
         self.silent_s = 0.0  # how long the others have waited for this one
         self.released_at = -1  # `received` when waiting was given up
         self.paused = False
@@ -470,6 +478,7 @@ class _Reader:
         self._next_observation = 0.0
         self._next_outage_log = 0.0
         self._next_commit_log = 0.0
+        self._next_probe = 0.0
         self._committing = False
 
     # Start
@@ -647,6 +656,8 @@ class _Reader:
             return []
         if now >= self._next_observation:
             self._observe()
+        if source.stats.outage_since is not None and not self._merge.buffered:
+            self._ask_for_brokers()
         records = self._read(max(1, source.batch_size()))
         idle = records is None and not self._merge.buffered
         self._empty_turns = self._empty_turns + 1 if idle else 0
@@ -927,8 +938,6 @@ class _Reader:
         self._next_observation = now + _OBSERVE_EVERY_S
         stats, merge = self._source.stats, self._merge
         stats.buffered = merge.buffered
-        stats.age_s = 0.0 if math.isinf(self._youngest_ms) else max(0.0, self._youngest_ms / 1000)
-        self._youngest_ms = math.inf
         oldest, appended = merge.oldest().tolist(), merge.appended.tolist()
         for index, lane in enumerate(self._order):
             of = lane.topic, lane.partition
@@ -936,15 +945,22 @@ class _Reader:
             if found is not None and found[1] >= 0:
                 nothing_here = oldest[index] < 0
                 at_end = nothing_here and self._at_end(lane, int(merge.received[index]))
-                lag = 0 if at_end else max(0, found[1] - int(merge.emitted[index]))
-                stats.lag[of] = lag
-                lane.behind_since = None if not lag else lane.behind_since or now
-            since_s = 0.0 if lane.behind_since is None else now - lane.behind_since
-            known_s = 0.0 if oldest[index] < 0 else (now_ms - oldest[index]) / 1000
-            stats.lag_s[of] = max(since_s, known_s)
+                stats.lag[of] = 0 if at_end else max(0, found[1] - int(merge.emitted[index]))
+            if not stats.lag.get(of) or merge.emitted[index] != lane.emitted_before:
+                lane.behind_since = now
+            lane.emitted_before = int(merge.emitted[index])
+            if oldest[index] >= 0:
+                stats.lag_s[of] = max(0.0, (now_ms - oldest[index]) / 1000)
+            else:
+                stats.lag_s[of] = now - lane.behind_since
             if appended[index] >= 0:
                 newest_ms = max(stats.newest_ms.get(lane.topic, 0), appended[index])
                 stats.newest_ms[lane.topic] = newest_ms
+        if math.isinf(self._youngest_ms):
+            stats.age_s = max(stats.lag_s.values())
+        else:
+            stats.age_s = max(0.0, self._youngest_ms / 1000)
+        self._youngest_ms = math.inf
         if self._source.observe is not None:
             self._source.observe(stats)
 
@@ -955,6 +971,7 @@ class _Reader:
             stats = self._source.stats
             if stats.outage_since is None:
                 stats.outage_since = time.monotonic()
+                self._next_probe = stats.outage_since + _PROBE_EVERY_S
             self._log_outage(error.str())
 
     def _log_outage(self, what: str) -> None:
@@ -964,9 +981,24 @@ class _Reader:
             logger.warning("%s; waiting for the brokers", what)
 
     def _outage_is_over(self) -> None:
-        since, self._source.stats.outage_since = self._source.stats.outage_since, None
+        stats = self._source.stats
+        since, stats.outage_since = stats.outage_since, None
         if since is not None:
+            stats.outages += 1
+            self._observe()
             logger.warning("a broker answers again after %.1f s", time.monotonic() - since)
+
+    def _ask_for_brokers(self) -> None:
+        """See whether an outage is over: where nothing is sent, nothing else would tell."""
+        now = time.monotonic()
+        if now < self._next_probe:
+            return
+        try:
+            self._consumer.list_topics(self._order[0].topic, timeout=_PROBE_S)
+        except KafkaException:
+            self._next_probe = time.monotonic() + _PROBE_EVERY_S
+        else:
+            self._outage_is_over()
 
     def _commit(self) -> None:
         if not self._source.keep_offsets:

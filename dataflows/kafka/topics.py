@@ -121,7 +121,8 @@ def _setting(admin: AdminClient, topic: str, name: str, timeout_s: float) -> str
         if admin.list_topics(topic, timeout=timeout_s).cluster_id.startswith("mockCluster"):
             return None  # librdkafka's mock never answers the question
         asked = admin.describe_configs([resource], request_timeout=timeout_s)
-        return str(asked[resource].result(timeout_s)[name].value)
+        value = asked[resource].result(timeout_s)[name].value
+        return None if value is None else str(value)
     except (KafkaException, KeyError, TimeoutError) as error:
         _logger.debug("%s of %s is unknown: %s", name, topic, error)
         return None

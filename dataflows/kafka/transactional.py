@@ -122,7 +122,7 @@ class TransactionalWriter:
         self._waiting: deque[OutRecords] = deque()
         self._waiting_rows = 0
         self._published = Published()
-        self._suppressed = 0
+        self._suppressed = self._suppressed_shed = 0
         self._aborts = 0
         self._compared = 0
         self._committed: list[tuple[list[OutRecords], float]] = []  # with the wall clock, in ms
@@ -172,12 +172,14 @@ class TransactionalWriter:
             self._raise_failure()
             committed, self._committed = self._committed, []
             suppressed, self._suppressed = self._suppressed, 0
+            shed, self._suppressed_shed = self._suppressed_shed, 0
             aborts, self._aborts = self._aborts, 0
             compared, self._compared = self._compared, 0
         latencies = [
             ages_ms(batch.append_time, now_ms) for batches, now_ms in committed for batch in batches
         ]
         latency_ms = np.concatenate(latencies) if latencies else np.empty(0)
+        shed += sum(batch.count_shed() for batches, _ in committed for batch in batches)
         return Delivery(
             self._topic,
             len(latency_ms),
@@ -186,6 +188,7 @@ class TransactionalWriter:
             commits=len(committed),
             aborts=aborts,
             compared=compared,
+            shed=shed,
         )
 
     def confirm(self) -> None:
@@ -262,8 +265,12 @@ class TransactionalWriter:
             )
             if not self._published.take(event_id, key, origin)
         ]
+        if len(keep) == len(batch):
+            return batch
+        kept = batch.take(np.array(keep, dtype=np.intp))
         self._suppressed += len(batch) - len(keep)
-        return batch if len(keep) == len(batch) else batch.take(np.array(keep, dtype=np.intp))
+        self._suppressed_shed += batch.count_shed() - kept.count_shed()
+        return kept
 
     def _produce(self, batch: OutRecords) -> None:
         """Hand rows to the producer, unless some of the transaction were refused: see `_commit`.
@@ -370,7 +377,8 @@ class TransactionalWriter:
                 self._partition,
                 reason.str(),
             )
-            self._aborts += 1
+            with self._changed:
+                self._aborts += 1
             try:
                 self._persist(self._producer.abort_transaction, "could not be aborted")
             except KafkaException as error:
@@ -401,6 +409,7 @@ class TransactionalWriter:
             except KafkaException as error:
                 reason = error.args[0]
                 if reason.txn_requires_abort():
+                    wait.is_over()
                     raise
                 if reason.retriable() and not wait.is_too_long():
                     time.sleep(0.1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +55,11 @@ class Delivery:
         latency_ms: float64, broker append of the cause → delivery report or commit, in
             milliseconds; only of delivered records whose ``append_time`` is known.
         suppressed: records that an earlier life had published, and which were not written again.
+        shed: how many of the delivered and suppressed say that their event is not answered.
         too_large: records that the topic does not take, which went to the dead letters.
         commits: transactions committed.
         aborts: transactions aborted, to be written again.
-        write_s: seconds that it took the worker to hand records over.
+        write_s: float64, seconds that it took the worker to hand each micro-batch over.
         compared: records found behind the last snapshot, when the partition was taken over.
     """
 
@@ -70,7 +71,8 @@ class Delivery:
     commits: int = 0
     aborts: int = 0
     compared: int = 0
-    write_s: float = 0.0
+    shed: int = 0
+    write_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     @staticmethod
     def sum(deliveries: Sequence[Delivery]) -> Delivery:
@@ -86,7 +88,8 @@ class Delivery:
             sum(each.commits for each in deliveries),
             sum(each.aborts for each in deliveries),
             sum(each.compared for each in deliveries),
-            sum(each.write_s for each in deliveries),
+            sum(each.shed for each in deliveries),
+            np.concatenate([each.write_s for each in deliveries]),
         )
 
 
@@ -129,14 +132,23 @@ def timeout_s(config: Mapping[str, Any]) -> float:
 
 
 class Wait:
-    """Wait for the brokers in slices, so that it can be said that and how long; in one thread."""
+    """Wait for the brokers in slices, so that it can be said that and how long; in one thread.
 
+    Of the whole process, for anyone to look at:
+
+    Attributes:
+        since: since when the brokers have confirmed nothing, monotonic seconds; None: they do.
+        outages: how often they did again.
+    """
+
+    since: ClassVar[float | None] = None
+    outages: ClassVar[int] = 0
     _next_told = 0.0  # of all waits of the process: in an outage every partition waits
 
     def __init__(self, what: str, bound_s: float) -> None:
         self._what, self._bound_s = what, bound_s
         self._began = time.monotonic()
-        self._told = False
+        self._noted = self._told = False
 
     def slice_s(self) -> float:
         """Return how long to wait now, in seconds."""
@@ -149,7 +161,12 @@ class Wait:
         waited_s = now - self._began
         if waited_s >= self._bound_s:
             return True
-        if waited_s >= _TELL_AFTER_S and now >= Wait._next_told:
+        if waited_s < _TELL_AFTER_S:
+            return False
+        self._noted = True
+        if Wait.since is None:
+            Wait.since = self._began
+        if now >= Wait._next_told:
             Wait._next_told = now + _TELL_EVERY_S
             self._told = True
             _logger.warning(
@@ -163,6 +180,9 @@ class Wait:
 
     def is_over(self) -> None:
         """Say that it has been worth it, if the wait was told of."""
+        if self._noted and Wait.since is not None:
+            Wait.since = None
+            Wait.outages += 1
         if self._told:
             waited_s = time.monotonic() - self._began
             _logger.warning("%s: the brokers confirm again, after %.1f s", self._what, waited_s)

@@ -109,7 +109,9 @@ class _ShardLogic(StatefulBatchLogic[EventBatch, EventBatch, bytes]):
         return [batch.take(fresh)], StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> bytes:
-        return self._seen.snapshot()
+        seen = self._seen.snapshot()
+        METRICS.given_bytes += len(seen)
+        return seen
 
 
 class _Bound:

@@ -101,7 +101,6 @@ def encode(
             decided = np.bincount(batch["decision"] + 1, minlength=len(_DECISIONS))
             for decision, n in zip(DECISIONS, decided[1:].tolist(), strict=True):
                 METRICS.decisions.labels(decision).inc(n)
-            METRICS.shed(topics[int(batch["source"][0])], int(decided[0]))
             if notice is not None:
                 notice(batch)
             modes = _modes(batch)
@@ -129,6 +128,7 @@ def encode(
                 origins=origins(batch, topics),
                 headers=None if measure.tracing is None else measure.tracing.headers(batch, modes),
                 clock_bytes=_digits(latency_ms),
+                shed=batch["decision"] < 0 if decided[0] else None,
             )
 
     return op.flat_map_batch("encode", up, measured("encode", run, last=True))

@@ -298,6 +298,7 @@ class _Worker:
         self._epoch_over = True
         data = self.states[shard].snapshot()
         self._base_bytes[shard], self._as_of[shard] = len(data), self._page
+        METRICS.given_bytes += len(data)
         return ("base", shard, self._page, data)
 
     def page(self) -> Page:
@@ -308,7 +309,9 @@ class _Worker:
         if self._all_bases:
             self._journal.clear()
             return ("page", self._page, b"")
-        return ("page", self._page, self._journal.page(self._page))
+        rows = self._journal.page(self._page)
+        METRICS.given_bytes += len(rows)
+        return ("page", self._page, rows)
 
     def end(self) -> None:
         """Note that the input has ended: every key is written once more."""

@@ -68,7 +68,9 @@ class Load(threading.Thread):
         self, servers: str, topics: Mapping[str, str], items: Sequence[Item], rate: float
     ) -> None:
         super().__init__(name="load", daemon=True)
-        self._topics, self._items, self._rate = topics, items, rate
+        self._topics, self._items = topics, items
+        #: Since when it sends how many records a second, and how many it had sent by then.
+        self._pace = (time.monotonic(), 0, rate)
         self._producer = Producer(
             {
                 "bootstrap.servers": servers,
@@ -91,10 +93,16 @@ class Load(threading.Thread):
         """Stream time of the last item sent, in ms."""
         return self._items[max(self.sent - 1, 0)].stream_time
 
+    def pace(self, rate: float) -> None:
+        """Send so many records a second from now on."""
+        self._pace = (time.monotonic(), self.sent, rate)
+
     def run(self) -> None:
-        began = time.monotonic()
+        self.pace(self._pace[2])
         while not self._end.wait(_TICK_S):
-            due = min(int((time.monotonic() - began) * self._rate), len(self._items))
+            since, before, rate = self._pace
+            due = before + int((time.monotonic() - since) * rate)
+            due = max(self.sent, min(due, len(self._items)))
             for item in self._items[self.sent : due]:
                 self._producer.produce(
                     self._topics[item.topic], item.value, item.key, on_delivery=self._delivered

@@ -142,7 +142,7 @@ def tiny_feast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def profiles_repo(history: Path) -> Path:
     """Return what `tiny_feast` gives; `history` is an empty directory."""
-    _write_history(history)
+    write_history(history)
     return feast_repo(history, MIDNIGHT, Path(__file__).read_text())
 
 
@@ -172,7 +172,8 @@ def feast_repo(history: Path, midnight_ms: int, content: str) -> Path:
     return cached("tiny_feast", key, build)
 
 
-def _write_history(folder: Path) -> None:
+def write_history(folder: Path) -> None:
+    """Write the four files that `CARDS`' and `TERMINALS`' profiles are made of."""
     rng = np.random.default_rng(3)
     count = 2_000
     moment = np.sort(rng.integers(MIDNIGHT - 30 * profiles.DAY_MS, MIDNIGHT, count))
@@ -335,6 +336,15 @@ class Flow:
         """What it serves for Prometheus now."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as page:
             return str(page.read().decode())
+
+    def samples(self) -> dict[str, float]:
+        """Return the metrics by name and labels, in order: ``a_total{b="c",d="e"}``."""
+        found = {}
+        for family in text_string_to_metric_families(self.metrics()):
+            for name, labels, value, *_ in family.samples:
+                sorted_labels = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+                found[f"{name}{{{sorted_labels}}}" if labels else name] = value
+        return found
 
     def account(self) -> dict[str, dict[str, int]]:
         """Topic → outcome → events of this life: served while it runs, logged at its end.

@@ -26,6 +26,7 @@ from tests.integration.feast_stores import (
     KEYS,
     LAST,
     Redis,
+    SlowProxy,
     history,
     profile_files,
     redis_server,
@@ -40,35 +41,6 @@ TRIPS_AFTER = 5  # the breaker's default
 FRESH, STALE, MISSING, UNAVAILABLE = Served
 #: 3 known to the cache from the beginning, and how many later ones.
 OLD, BATCHES = 3, 12
-
-
-class SlowProxy:
-    """Pass a TCP port on; hold every answer back for `delay_s`."""
-
-    def __init__(self, port: int) -> None:
-        self.delay_s = 0.0
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                for ends in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
-        with contextlib.suppress(OSError), source, sink:
-            while data := source.recv(65_536):
-                if answers:
-                    time.sleep(self.delay_s)  # the fault itself
-                sink.sendall(data)
 
 
 @dataclass

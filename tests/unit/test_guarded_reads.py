@@ -130,7 +130,7 @@ def test_a_breaker_that_could_not_work_is_refused(wrong: dict[str, float]) -> No
 # A model of it all
 
 
-BUDGET, KEY, TTL, COOL, TRIPS = 20.0, 1.0, 60.0, 100.0, 3
+BUDGET, KEY, MOST, TTL, COOL, TRIPS = 20.0, 1.0, 3, 60.0, 100.0, 3
 
 
 @dataclass
@@ -259,9 +259,10 @@ class Oracle:
     def turn(self, view: str, keys: set[str], left: float) -> tuple[str | None, set[str], float]:
         """Return how the read went, the keys left without an answer, and the budget left."""
         waited = None
+        self.hear(view)
+        lacking = {key for key in keys if not self.is_fresh(view, key)}
         while True:
             self.hear(view)
-            lacking = {key for key in keys if not self.is_fresh(view, key)}
             if not lacking:
                 return waited, lacking, left
             phase, read = self.phase(view), self.under_way(view)
@@ -270,12 +271,13 @@ class Oracle:
                 start = max(self.now, self.free_at)
                 self.free_at = start + self.world.took
                 truth = None if self.world.fails else dict(self.world.truth[view])
-                read = Asked(lacking, start, self.free_at, truth)
+                wanted = set(sorted(lacking)[:MOST]) if phase == "closed" else set(lacking)
+                read = Asked(wanted, start, self.free_at, truth)
                 self.reads[view].append(read)
             if phase != "closed":
                 return "refused", lacking, left
             assert read is not None
-            left += KEY * len(lacking) if mine else 0
+            left += KEY * len(read.keys) if mine else 0
             patience = max(left, 0)
             if read.end > self.now + patience:
                 self.now += patience
@@ -287,9 +289,11 @@ class Oracle:
             self.hear(view)
             if read.rows is None:
                 return "failed", lacking, left
-            if mine:
-                return "ok", set(), left
             waited = "ok"
+            if mine:
+                lacking -= read.keys
+            else:
+                lacking = {key for key in lacking if not self.is_fresh(view, key)}
 
     def served(self, view: str, key: str, unanswered: bool) -> tuple[float, Served]:
         read = self.newest(view, key)
@@ -310,6 +314,7 @@ class Guarded(RuleBasedStateMachine):
         super().__init__()
         self.patched = pytest.MonkeyPatch()
         self.patched.setattr(guarded_reads, "KEY_S", KEY)
+        self.patched.setattr(guarded_reads, "MOST_KEYS", MOST)
         self.world = World()
         self.oracle = Oracle(self.world)
         self.views = {name: ProfileView(name, "key", ("x",), ttl_ms=10**9) for name in NAMES}
@@ -563,6 +568,31 @@ def test_a_store_that_hangs_costs_each_batch_its_budget_then_nothing() -> None:
     assert thread.begun == 2, "one read of each view, however many batches ask"
     assert reads.is_open(CARD) and reads.is_open(SHOP) and refused >= 2 * 30 - 2 * 5
     release.set()
+
+
+def test_thousands_of_cold_keys_cost_no_more_of_a_store_that_hangs() -> None:
+    release, thread = threading.Event(), Recorded()
+    hanging = [Reader(view, {}, lambda keys: release.wait(60)) for view in (CARD, SHOP)]
+    reads = guarded(*hanging, in_background=thread, budget_s=0.01)
+    keys = bytes_of(*(f"K{n}" for n in range(4096)))
+    for found in reads.lookup([(view, keys) for view in (CARD, SHOP)], NOW_MS):
+        assert found.read == "late" and set(found.served.tolist()) == {UNAVAILABLE}
+    assert sum(thread.waits) <= 0.01 + 2 * guarded_reads.MOST_KEYS * guarded_reads.KEY_S
+    release.set()
+
+
+def test_thousands_of_cold_keys_are_all_read_if_the_store_answers() -> None:
+    asked: list[list[bytes]] = []
+    known = {f"K{n}": float(n) for n in range(0, 4096, 2)}
+    reads = guarded(Reader(CARD, known, asked.append), budget_s=5.0, cache_rows=50)
+    order = random.Random(1).sample(range(4096), 4096)
+    found = ask(reads, CARD, *(f"K{n}" for n in order))
+    assert found.read == "ok"
+    expected = [n if n % 2 == 0 else np.nan for n in order]
+    np.testing.assert_array_equal(found.values[:, 0], expected)
+    assert max(map(len, asked)) == guarded_reads.MOST_KEYS
+    once = sorted(key for keys in asked for key in keys)
+    assert once == sorted(f"K{n}".encode() for n in range(4096))
 
 
 def test_what_comes_late_is_there_for_the_next_batch() -> None:

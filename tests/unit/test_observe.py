@@ -9,7 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from dataflows.health import Health, endpoints
+from dataflows.kafka import writer
 from dataflows.kafka.source import SourceStats
+from dataflows.kafka.writer import Wait
 from dataflows.metrics import Metrics
 from dataflows.observe import Observer
 from dataflows.overload import Overload
@@ -47,16 +49,20 @@ def test_counts_of_the_source_are_served(tmp_path: Path) -> None:
     assert value(metrics, "brokers_reachable") == 1
     assert value(metrics, "epoch_seconds_count") == 0
 
+    metrics.given_bytes = 300
     stats.epochs, stats.snapshot_s, stats.outage_since = 1, 0.02, 1.0
     observer(stats)
     assert value(metrics, "epoch_seconds_count") == 1
     assert value(metrics, "snapshot_seconds_sum") == 0.02
+    assert value(metrics, "snapshot_bytes") == 300
     assert value(metrics, "recovery_store_bytes") == 1024
     assert value(metrics, "recovery_volume_bytes") == shutil.disk_usage(tmp_path).total
     assert value(metrics, "brokers_reachable") == 0
 
 
-def test_the_end_of_an_outage_and_an_empty_queue_reach_the_control() -> None:
+def test_the_end_of_an_outage_and_an_empty_queue_reach_the_control(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [1_000_000.0]
     control = Overload(
         "degrade", target_s=0.5, deadline_s=5, now_s=lambda: now[0], elapsed_s=lambda: now[0]
@@ -76,12 +82,52 @@ def test_the_end_of_an_outage_and_an_empty_queue_reach_the_control() -> None:
     assert observed_for(3) == 0
 
     began_ms = control._began_ms
-    stats.outage_since = 1.0
     observer(stats)
     assert control._began_ms == began_ms
-    stats.outage_since = None
-    observer(stats)
-    assert control._began_ms == now[0] * 1000 > began_ms
+    for ended in ("reading", "writing"):
+        began_ms = control._began_ms
+        now[0] += 1
+        if ended == "reading":
+            stats.outages += 1
+        else:
+            monkeypatch.setattr(Wait, "outages", Wait.outages + 1)
+        observer(stats)
+        assert control._began_ms == now[0] * 1000 > began_ms
+
+
+def test_the_flow_begins_to_read_when_it_first_says_so() -> None:
+    now = [100.0]
+    control = Overload("drop", target_s=0.5, deadline_s=5, now_s=lambda: now[0])
+    observer = Observer(Metrics(), Health(), control, {}, None)
+    now[0] = 130.0  # to resume took a while
+    observer(SourceStats(lag={("tx", 0): 1}))
+    assert control._began_ms == 130_000
+
+
+def test_a_wait_for_confirmations_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_TELL_AFTER_S", 0.0)
+    health = Health(unconfirmed_since=lambda: Wait.since)
+    health.model = "v1"
+    health.works()
+    waits, before = [Wait("delivery", 60), Wait("delivery", 60)], Wait.outages
+    assert all(check.ok for check in health.ready())
+    assert not any(wait.is_too_long() for wait in waits)
+    assert [check.ok for check in health.ready()] == [True, False]
+    for wait in waits:
+        wait.is_over()
+    assert all(check.ok for check in health.ready())
+    assert Wait.outages == before + 1, "one outage, however many partitions waited"
+
+
+def test_files_that_go_while_they_are_looked_at_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = Metrics()
+    observer = Observer(metrics, Health(), None, {}, tmp_path)
+    gone = tmp_path / "part-0.sqlite3-wal"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone])
+    observer(SourceStats(epochs=1))
+    assert value(metrics, "epoch_seconds_count") == 1
 
 
 def test_health_is_what_a_supervisor_needs() -> None:
@@ -90,12 +136,15 @@ def test_health_is_what_a_supervisor_needs() -> None:
     metrics = Metrics()
     metrics.count("tx", "read", 3)
     client = TestClient(endpoints(metrics.registry, health))
-    assert client.get("/healthz").status_code == 200
+    now[0] += 1000
+    assert client.get("/healthz").status_code == 200, "a long start is no reason for a restart"
+    now[0] = 100.0
     starting = client.get("/readyz")
     assert starting.status_code == 503
     assert [check["ok"] for check in starting.json()["checks"]] == [True, False, False]
 
-    health.model, health.reading = "v1", True
+    health.model = "v1"
+    health.works()
     assert client.get("/readyz").status_code == 200
     health.outage_since = 90.0
     outage = client.get("/readyz")

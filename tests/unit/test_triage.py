@@ -13,7 +13,7 @@ from bytewax.dataflow import Dataflow
 from bytewax.testing import TestingSink, TestingSource, run_main
 
 from dataflows.kafka.records import OutRecords
-from dataflows.metrics import Metrics
+from dataflows.kafka.writer import Delivery
 from dataflows.overload import Overload, Policy, Way
 from dataflows.steps.encode import SCORE_MODES, Prediction, encode
 from dataflows.steps.short_answer import LastScores, short_answer
@@ -170,16 +170,17 @@ def test_what_is_shed_has_no_answer_and_says_why() -> None:
     assert [each["decision"] for each in found] == [None, "block", None, None]
 
 
-def test_the_account_adds_up_once_all_is_delivered() -> None:
-    metrics = Metrics()
-    metrics.count("tx", "read", 10)
-    metrics.shed("tx", 3)
-    metrics.answered("tx", 2)
-    metrics.answered("tx", 4)
-    metrics.shed("tx", 1)
-    metrics.answered("tx", 4)
-    account = metrics.account()["tx"]
-    assert (account["read"], account["scored"], account["shed"]) == (10, 6, 4)
+def test_what_is_shed_is_counted_with_the_records_that_are_delivered() -> None:
+    """Wherever that is: the split over partitions, a large batch's rest, a transaction."""
+    shed = np.array([True, False, True, False])
+    batch = OutRecords([b"a"] * 4, [b"v"] * 4, np.zeros(4), [b"1", b"2", b"3", b"4"], shed=shed)
+    plain = OutRecords([b"b"], [b"v"], np.zeros(1), [b"5"])
+    whole = OutRecords.concatenate([plain, batch])
+    assert [whole.count_shed(start, stop) for start, stop in ((0, 5), (0, 2), (2, 5))] == [2, 1, 1]
+    assert whole.take(np.array([1, 0, 3])).count_shed() == 2
+    assert OutRecords.concatenate([plain, plain]).shed is None
+    parts = [Delivery("p", n, np.empty(0), shed=s) for n, s in ((3, 1), (2, 2))]
+    assert Delivery.sum(parts).shed == 3
 
 
 def test_a_prediction_says_how_it_was_made_and_what_failed() -> None:

@@ -1,0 +1,140 @@
+"""What a source says of itself while it reads: how far behind, how old, and whether brokers answer.
+
+The engine is not needed for that: its part is called as the engine would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from dataflows.kafka.dev_broker import CONSUMER_CONFIG, DevBroker
+from dataflows.kafka.source import KafkaSource, SourceStats, SourceTopic
+from tests.kafka.client import await_that
+
+PARTITIONS = 2
+
+
+@contextmanager
+def reading(broker: DevBroker, **options: Any) -> Iterator[tuple[KafkaSource, Callable[[], int]]]:
+    """Yield a source of the topic ``tx``, and what has it read once: how many records came."""
+    config = {"bootstrap.servers": broker.bootstrap_servers, **CONSUMER_CONFIG}
+    source = KafkaSource([SourceTopic("tx", "at")], config, group_id="stats", **options)
+    parts = [source.build_part("read", name, None) for name in source.list_parts()]
+    leader = min(parts, key=lambda part: part.name)
+
+    def turn() -> int:
+        return sum(map(len, leader.next_batch()))
+
+    try:
+        yield source, turn
+    finally:
+        for part in parts:
+            part.close()
+
+
+@pytest.fixture
+def broker() -> Iterator[DevBroker]:
+    with DevBroker({"tx": PARTITIONS}) as started:
+        yield started
+
+
+def sent(producer: Producer, count: int) -> None:
+    for n in range(count):
+        value = b'{"at": %d}' % int(time.time() * 1000)
+        producer.produce("tx", value, partition=n % PARTITIONS)
+    assert not producer.flush(10)
+
+
+def producer_of(broker: DevBroker) -> Producer:
+    return Producer({"bootstrap.servers": broker.bootstrap_servers, "linger.ms": 0})
+
+
+def test_who_keeps_up_is_not_behind_though_records_are_always_under_way(broker: DevBroker) -> None:
+    """At every look something is there that was not emitted: it is young, and never the same."""
+    looks: list[tuple[int, float]] = []
+
+    def look(stats: SourceStats) -> None:
+        looks.append((sum(stats.lag.values()), max(stats.lag_s.values())))
+
+    producer, ages_s = producer_of(broker), [0.0]
+    with reading(broker, observe=look, batch_size=20) as (source, turn):
+        while len(looks) < 12:
+            sent(producer, 40)
+            sent_at = time.monotonic()
+            while turn() == 0:  # half of them stay: the next round's come before they are read
+                pass
+            ages_s.append(time.monotonic() - sent_at)
+            if sum(source.stats.lag.values()) > 200:
+                while turn():
+                    pass
+    assert sum(1 for records, _ in looks if records) > len(looks) / 2, looks
+    # A record waits for a few rounds; a clock that begins with the first look runs for seconds.
+    assert max(seconds for _, seconds in looks) < 1.0 + 10 * max(ages_s), looks
+
+
+def test_what_is_not_read_grows_old(broker: DevBroker) -> None:
+    seen: list[tuple[float, float]] = []
+    producer = producer_of(broker)
+
+    def look(stats: SourceStats) -> None:
+        seen.append((max(stats.lag_s.values()), stats.age_s))
+
+    # One record a minute may pass.
+    with reading(broker, observe=look, rate_limit=(1 / 60, 1)) as (source, turn):
+        sent(producer, 10)
+        await_that(lambda: turn() > 0, "the first")
+
+        def are_old() -> bool:
+            turn()
+            return bool(seen) and seen[-1][0] > 1.0
+
+        await_that(are_old, "what waits grows old")
+        assert seen[-1][1] == pytest.approx(seen[-1][0]), "nothing was emitted: the oldest's age"
+        assert sum(source.stats.lag.values()) >= 8 and source.stats.buffered >= 8
+        assert source.stats.throttled_s > 0.5
+
+
+@pytest.mark.parametrize("traffic", [False, True])
+def test_the_end_of_an_outage_is_noticed_and_told_first(broker: DevBroker, traffic: bool) -> None:
+    told: list[tuple[int, bool, int]] = []
+    emitted = [0]
+
+    def look(stats: SourceStats) -> None:
+        told.append((stats.outages, stats.outage_since is not None, emitted[0]))
+
+    producer = producer_of(broker)
+    with reading(broker, observe=look) as (source, turn):
+
+        def turned() -> int:
+            count = turn()
+            emitted[0] += count
+            return count
+
+        sent(producer, 10)
+        await_that(lambda: turned() >= 0 and emitted[0] == 10, "all is read")
+        broker.broker_down()
+
+        def outage() -> bool:
+            turned()
+            return source.stats.outage_since is not None
+
+        await_that(outage, "the outage is noticed")
+        if traffic:
+            producer.produce("tx", b'{"at": 1}', partition=0)
+        broker.broker_up()
+
+        def over() -> bool:
+            turned()
+            return source.stats.outage_since is None
+
+        await_that(over, "its end is noticed", 30)
+        if traffic:
+            await_that(lambda: turned() >= 0 and emitted[0] == 11, "what came in it")
+    first = next(look for look in told if look[0] == 1)
+    assert first[1:] == (False, 10), "told before what came in it was emitted"
