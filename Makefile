@@ -50,9 +50,11 @@ bench: $(STAMP) ## rates, latencies, stages and live state on Apache Kafka, 40 m
 bench-peers: $(STAMP) ## the same job by us and by our peers, 15 minutes; rewrites its page
 	$(BIN)/python -m benchmarks.peers
 
-.PHONY: bench-overload soak
+.PHONY: bench-overload bench-metrics soak
 bench-overload: $(STAMP) ## a rush of three times the usual rate, by overload policy, 12 minutes; rewrites its page
 	$(BIN)/python -m benchmarks.overload
+bench-metrics: $(STAMP) ## what being observed costs, 5 minutes; rewrites its page
+	$(BIN)/python -m benchmarks.metrics
 soak: $(STAMP) ## half an hour with a hot card, an outage and a burst: does anything grow? rewrites its page
 	$(BIN)/python -m benchmarks.soak
 

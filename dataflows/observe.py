@@ -61,7 +61,6 @@ class Observer:
         self._health.outage_since = stats.outage_since
         if self._health.epoch_at is None:
             self._health.works()
-        metrics.brokers_reachable.set(self._health.silent_since() is None)
         self._control(stats)
         if stats.epochs > self._epochs:
             self._epochs = stats.epochs

@@ -171,6 +171,10 @@ class Runtime:
         """
         partitions, kept_s = _check_kafka(settings)
         METRICS.brokers_reachable.set(1)
+        if (
+            health is not None
+        ):  # asked at a scrape: in an outage the worker waits, and tells nothing
+            METRICS.brokers_reachable.set_function(lambda: health.silent_since() is None)
         topic_of: dict[type[Event], str] = {
             Transaction: settings.transactions_topic,
             FraudReport: settings.fraud_reports_topic,

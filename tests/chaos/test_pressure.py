@@ -92,13 +92,20 @@ def test_the_broker_stands_still(one: Make, policy: str, delivery: str) -> None:
     catch_up = {"degrade": "degrade", "drop": "skip"}[policy]
     trial = one(delivery, OVERLOAD_POLICY=policy, CATCH_UP=catch_up, CRITICAL_AMOUNT=str(CRITICAL))
     trial.start()
+    assert trial.flow.asked("/readyz")[0] == 200
+    assert trial.flow.samples()["scoring_brokers_reachable"] == 1
     trial.cluster.pause(1)
     before = trial.load.sent
+    await_that(lambda: trial.flow.asked("/readyz")[0] == 503, "the flow says that it waits")
+    assert "no broker has answered for" in trial.flow.asked("/readyz")[1]
+    assert trial.flow.samples()["scoring_brokers_reachable"] == 0
     await_that(lambda: trial.load.sent > before + 6 * trial.rate, "six seconds of events")
+    assert trial.flow.asked("/healthz")[0] == 200, "a restart brings no broker back"
     trial.cluster.resume(1)
     since = time.monotonic()
     trial.await_answers()
     recovers(trial, f"after the broker stood still, {policy}", since)
+    assert trial.flow.asked("/readyz")[0] == 200
     trial.finish()
     critical_are_full(trial)
     assert {"full"} < set(trial.modes) <= {"full"} | SPARED[policy], trial.modes

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -336,6 +337,15 @@ class Flow:
         """What it serves for Prometheus now."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as page:
             return str(page.read().decode())
+
+    def asked(self, path: str) -> tuple[int, str]:
+        """Return what ``/healthz`` or ``/readyz`` answer now: status code and text."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as page:
+                return page.status, page.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
 
     def samples(self) -> dict[str, float]:
         """Return the metrics by name and labels, in order: ``a_total{b="c",d="e"}``."""
