@@ -185,6 +185,8 @@ class Trial:
                 input_topic, partition, offset = origins[name]
                 replays = [r for r in self.resumed if offset >= r.get((input_topic, partition), 0)]
                 assert count <= len(replays), (topic, name, count)
+        said = self.flow.log_file.read_text()
+        assert not any(card in said for card in CARDS), "the log names a card"
         for topic, outcomes in self.flow.account().items():
             assert outcomes["read"] == sum(n for o, n in outcomes.items() if o != "read"), topic
 
