@@ -83,7 +83,7 @@ def soak(
     other = axes.twinx()
     other.plot(minutes, lag, color="tab:orange", label="lag", linewidth=1)
     other.set(ylabel="records", ylim=(0, None))
-    figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.88))
+    figure.legend(loc="center right", bbox_to_anchor=(0.88, 0.4))
     _save(figure, file)
 
 
