@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import secrets
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -32,6 +34,8 @@ MIN_TOKEN_CHARACTERS = 16
 
 _COOKIE = "scoring_page"
 _MOST_FORM_BYTES = 4096
+#: Browsers signed in at a time; one more signs out the one that has been longest.
+_MOST_SESSIONS = 100
 #: However many look on, metrics are collected no more often than this.
 _STATUS_EVERY_S = 0.5
 
@@ -62,15 +66,19 @@ def page(
     """Return the page as an ASGI application, to be served at `host`.
 
         /                              the page
-        /api/status                    a `Status`
-        /api/flagged                   a `Found`; ?card= &terminal= &decision= &limit= narrow it,
-                                       ?after=N answers 204 if nothing newer than number N is kept
-        /api/flagged/{transaction_id}  a `Flagged`
+        /api/status            a `Status`
+        /api/flagged           a `Found`; card= terminal= card_prefix= terminal_prefix= decision=
+                               limit= narrow it, after=N answers 204 if `Found.total` is still N
+        /api/record?id=        a `Flagged`, by its transaction's id
+
+    Questions to /api/flagged may be a POSTed form, as the page's own are: proxies write URLs into
+    their logs, and a card's number does not belong there.
 
     With a token, all of it asks for ``Authorization: Bearer …`` or for the cookie that the form
-    at /login gives. Without one, `host` must be a loopback address, and requests must name one:
-    a foreign name that resolves to this machine gets nothing (DNS rebinding). Raises PageError
-    for an address that others can reach without a token, and for a token that can be guessed.
+    at /login gives, until /logout, or until the process ends. Without one, `host` must be a
+    loopback address, and requests must name one: a foreign name that resolves to this machine gets
+    nothing (DNS rebinding). Raises PageError for an address that others can reach without a token,
+    and for a token that can be guessed.
     """
     loopback = _is_loopback(host)
     if token is None and not loopback:
@@ -83,15 +91,16 @@ def page(
             f"the token of the page has {len(token)} characters and could be guessed; give it "
             f"{MIN_TOKEN_CHARACTERS} or more, such as `openssl rand -hex 24` prints"
         )
-    views = _Views(status, recent, token, clock)
+    sessions = _Sessions()
+    views = _Views(status, recent, token, sessions, clock)
     routes = [
         Route("/", views.index),
         Route("/login", views.login, methods=["GET", "POST"]),
         Route("/login/page.css", views.login_style),
         Route("/logout", views.logout, methods=["POST"]),
         Route("/api/status", views.status),
-        Route("/api/flagged", views.flagged),
-        Route("/api/flagged/{transaction_id:path}", views.record),
+        Route("/api/flagged", views.flagged, methods=["GET", "POST"]),
+        Route("/api/record", views.record),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
     middleware = [Middleware(_Headers)]
@@ -101,12 +110,32 @@ def page(
             Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
         )
     if token is not None:
-        middleware.append(Middleware(_SignedIn, token=token))
+        middleware.append(Middleware(_SignedIn, token=token, sessions=sessions))
     return Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: _http_error, Exception: _failure},
     )
+
+
+class _Sessions:
+    """Who has signed in to this process and not out again; a restart signs everybody out."""
+
+    def __init__(self) -> None:
+        self._ids: deque[str] = deque(maxlen=_MOST_SESSIONS)
+
+    def begin(self) -> str:
+        """Return what the browser is to show from now on. It says nothing about the token:
+        browsers send cookies to every port of a host."""
+        self._ids.append(secrets.token_urlsafe(24))
+        return self._ids[-1]
+
+    def known(self, given: str) -> bool:
+        return any(_same(given, each) for each in self._ids)
+
+    def end(self, given: str) -> None:
+        if given in self._ids:
+            self._ids.remove(given)
 
 
 class _Views:
@@ -117,9 +146,11 @@ class _Views:
         status: Callable[[], Status],
         recent: Recent,
         token: str | None,
+        sessions: _Sessions,
         clock: Callable[[], float],
     ) -> None:
         self._status, self._recent, self._token, self._clock = status, recent, token, clock
+        self._sessions = sessions
         sign_out = '<form method="post" action="/logout"><button>Sign out</button></form>'
         self._index = _html("index.html").replace(
             "<!-- sign out -->", sign_out if token is not None else ""
@@ -137,10 +168,13 @@ class _Views:
         return Response(self._encoded, media_type="application/json")
 
     async def flagged(self, request: Request) -> Response:
-        query = request.query_params
+        query: Mapping[str, str] = request.query_params
+        if request.method == "POST":
+            query = await _form(request)
         limit = _whole(query.get("limit", "100"), "limit", 1, self._recent.capacity)
         after = query.get("after")
-        if after is not None and self._recent.total <= _whole(after, "after", 0, 2**53):
+        # Not "at most": a browser may know the number of a process before this one.
+        if after is not None and self._recent.total == _whole(after, "after", 0, 2**53):
             return Response(status_code=204)
         decision = query.get("decision", "")
         if decision and decision not in FLAGGED_DECISIONS:
@@ -150,13 +184,15 @@ class _Views:
         found = self._recent.find(
             card=query.get("card", ""),
             terminal=query.get("terminal", ""),
+            card_prefix=query.get("card_prefix", ""),
+            terminal_prefix=query.get("terminal_prefix", ""),
             decision=decision,
             limit=limit,
         )
         return _json(found)
 
     async def record(self, request: Request) -> Response:
-        wanted = request.path_params["transaction_id"]
+        wanted = request.query_params.get("id", "")
         found = self._recent.get(wanted)
         if found is None:
             raise HTTPException(
@@ -171,20 +207,15 @@ class _Views:
             return RedirectResponse("/", 303)
         if request.method != "POST":
             return HTMLResponse(self._login)
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > _MOST_FORM_BYTES:
-                raise HTTPException(413, f"a form has {_MOST_FORM_BYTES:,} bytes at most")
-        form = parse_qs(body.decode("utf-8", "replace"))
-        if not _same(form.get("token", [""])[0], self._token):
+        form = await _form(request)
+        if not _same(form.get("token", ""), self._token):
             wrong = '<p class="wrong" id="wrong" role="alert">This is not the token.</p>'
             return HTMLResponse(self._login.replace("<!-- wrong -->", wrong), 401)
         response = RedirectResponse("/", 303)
         # TLS ends at a proxy, if anywhere. Who forges this header locks out himself.
         over_tls = request.headers.get("x-forwarded-proto") == "https"
         response.set_cookie(
-            _COOKIE, _proof(self._token), httponly=True, samesite="strict", secure=over_tls
+            _COOKIE, self._sessions.begin(), httponly=True, samesite="strict", secure=over_tls
         )
         return response
 
@@ -192,6 +223,7 @@ class _Views:
         return Response((STATIC / "page.css").read_bytes(), media_type="text/css")
 
     async def logout(self, request: Request) -> Response:
+        self._sessions.end(request.cookies.get(_COOKIE, ""))
         response = RedirectResponse("/login", 303)
         response.delete_cookie(_COOKIE, httponly=True, samesite="strict")
         return response
@@ -215,8 +247,8 @@ class _Headers:
 class _SignedIn:
     """Let through who knows the token, and everybody to the login."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token
+    def __init__(self, app: ASGIApp, token: str, sessions: _Sessions) -> None:
+        self._app, self._token, self._sessions = app, token, sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in ("/login", "/login/page.css"):
@@ -224,8 +256,8 @@ class _SignedIn:
             return
         request = Request(scope)
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if (scheme.lower() == "bearer" and _same(bearer.strip(), self._token)) or _same(
-            request.cookies.get(_COOKIE, ""), _proof(self._token)
+        if (scheme.lower() == "bearer" and _same(bearer.strip(), self._token)) or (
+            self._sessions.known(request.cookies.get(_COOKIE, ""))
         ):
             await self._app(scope, receive, send)
             return
@@ -243,10 +275,15 @@ def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
-def _proof(token: str) -> str:
-    """Return what shows that somebody knew the token. Browsers send cookies to every port of a
-    host, so it is not the token itself."""
-    return hmac.digest(token.encode(), b"operator page", "sha256").hex()
+async def _form(request: Request) -> dict[str, str]:
+    """Return the fields of a form, each the first one of its name."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_FORM_BYTES:
+            raise HTTPException(413, f"a form has {_MOST_FORM_BYTES:,} bytes at most")
+    fields = parse_qs(body.decode("utf-8", "replace"))
+    return {name: values[0] for name, values in fields.items()}
 
 
 def _is_loopback(host: str) -> bool:

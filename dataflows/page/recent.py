@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflows.steps.encode import SCORE_MODES, Reason
-from features.batch import Column, EventBatch
+from features.batch import EventBatch
 from features.events import MONEY_SCALE
 from model.package import DECISIONS
 
@@ -66,22 +66,31 @@ class Found(msgspec.Struct, frozen=True):
     capacity: int
 
 
+#: Rows are merged until a chunk has this share of the capacity.
+_CHUNKS = 8
+
+
 @dataclass(frozen=True)
 class _Chunk:
-    """Flagged rows of one batch; the first has number `first`."""
+    """Flagged rows of some batches, with the time of it; the first has number `first`."""
 
     first: int
     rows: EventBatch
-    flagged_time: int
     model_version: str
+
+    def with_next(self, newer: _Chunk) -> _Chunk:
+        """Return the rows of both."""
+        rows = {name: np.concatenate([self.rows[name], newer.rows[name]]) for name in self.rows}
+        return _Chunk(self.first, EventBatch(rows), self.model_version)
 
 
 class Recent:
     """Keep the newest `capacity` flagged transactions of this process.
 
     One thread adds, any number read. Rows stay columns until somebody asks for them, so that a
-    storm of flagged transactions costs the flow no Python for each. Memory is bounded by twice
-    `capacity` rows.
+    storm of flagged transactions costs the flow no Python for each. Those of small batches are
+    merged, a logarithmic number of times each, so that a reader meets few chunks. Memory is bounded
+    by twice `capacity` rows.
 
     Args:
         features: names of the columns of ``#features``.
@@ -124,22 +133,40 @@ class Recent:
             return
         rows = np.flatnonzero(decided)[-self.capacity :]
         names = (*_KEPT, *(name for name in _KEPT_IF_THERE if name in batch))
-        kept = EventBatch({name: batch[name].take(rows, axis=0) for name in names})
-        now_ms = round(self._now_s() * 1000)
+        kept = {name: batch[name].take(rows, axis=0) for name in names}
+        kept["flagged_time"] = np.full(len(rows), round(self._now_s() * 1000))
         with self._lock:
             self._total += flagged
-            self._chunks.append(_Chunk(self._total - len(rows) + 1, kept, now_ms, model_version))
+            newest = _Chunk(self._total - len(rows) + 1, EventBatch(kept), model_version)
+            # A chunk is merged with one of at least its size, as in a binary counter.
+            while self._chunks and self._go_together(self._chunks[-1], newest):
+                newest = self._chunks.pop().with_next(newest)
+            self._chunks.append(newest)
             self._rows += len(rows)
             while self._rows - len(self._chunks[0].rows) >= self.capacity:
                 self._rows -= len(self._chunks.popleft().rows)
 
-    def find(
-        self, *, card: str = "", terminal: str = "", decision: str = "", limit: int = 100
-    ) -> Found:
-        """Return the newest flagged transactions of a card, a terminal, a decision; all by default.
+    def _go_together(self, last: _Chunk, newest: _Chunk) -> bool:
+        return (
+            len(last.rows) <= len(newest.rows)
+            and len(last.rows) + len(newest.rows) <= max(self.capacity // _CHUNKS, 2)
+            and last.first + len(last.rows) == newest.first
+            and last.model_version == newest.model_version
+            and list(last.rows) == list(newest.rows)
+        )
 
-        A card or terminal is a whole id, or the beginning of one and an asterisk: ``C12*``.
-        """
+    def find(
+        self,
+        *,
+        card: str = "",
+        terminal: str = "",
+        card_prefix: str = "",
+        terminal_prefix: str = "",
+        decision: str = "",
+        limit: int = 100,
+    ) -> Found:
+        """Return the newest flagged transactions: of a card, of a terminal, of cards or terminals
+        whose ids begin with something, of a decision; all by default."""
         with self._lock:
             chunks, total = list(self._chunks), self._total
         oldest = total - self.capacity  # what has a number up to this one is over capacity
@@ -147,8 +174,14 @@ class Recent:
         matching = 0
         for chunk in reversed(chunks):
             wanted = np.arange(len(chunk.rows)) + chunk.first > oldest
-            wanted &= _matches(chunk.rows["card_id"], card)
-            wanted &= _matches(chunk.rows["terminal_id"], terminal)
+            for name, whole, beginning in (
+                ("card_id", card, card_prefix),
+                ("terminal_id", terminal, terminal_prefix),
+            ):
+                if whole:
+                    wanted &= chunk.rows[name] == whole.encode()
+                if beginning:
+                    wanted &= np.strings.startswith(chunk.rows[name], beginning.encode())
             if decision:
                 wanted &= chunk.rows["decision"] == DECISIONS.index(decision)
             rows = np.flatnonzero(wanted)
@@ -190,28 +223,13 @@ class Recent:
                 model_version=chunk.model_version,
                 schema_hash=self._schema_hash,
                 append_time=value["append_time"],
-                flagged_time=chunk.flagged_time,
+                flagged_time=value["flagged_time"],
                 topic=self._topics[value["source"]],
                 partition=value["partition"],
                 offset=value["offset"],
                 reasons=[Reason(self._features[f], by) for f, by in reasons if f >= 0],
                 features=dict(zip(self._features, vector, strict="#features" in value)),
             )
-
-
-def _matches(ids: Column, wanted: str) -> Column | bool:
-    """Return which ids are the wanted one, or begin as it says.
-
-    >>> _matches(np.array([b"C1", b"C12"]), "C1").tolist()
-    [True, False]
-    >>> _matches(np.array([b"C1", b"C12"]), "C1*").tolist()
-    [True, True]
-    """
-    if not wanted:
-        return True
-    if wanted.endswith("*"):
-        return np.strings.startswith(ids, wanted[:-1].encode())
-    return np.asarray(ids == wanted.encode())
 
 
 def _none_if_nan(value: float) -> float | None:

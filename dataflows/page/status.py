@@ -71,7 +71,8 @@ class Status(msgspec.Struct, frozen=True):
     decisions: dict[str, int]
     score_modes: dict[str, int]
     latency: Latency | None
-    #: The least age of a record in the last control interval, which the controller goes by.
+    #: The least age of the records passed on in the last quarter of a second; if none was, that of
+    #: the oldest one waiting.
     record_age_s: float | None
     partitions: list[Partition]
     stages: list[Stage]
@@ -90,8 +91,6 @@ class Status(msgspec.Struct, frozen=True):
 class Limits:
     """From where on something is not well."""
 
-    #: Since the last durable epoch, in s; or five mean epochs, if that is more.
-    epoch_s: float = 60.0
     #: Age of the oldest record not processed.
     lag_s: float = 60.0
     #: Time until retention deletes what is next to be read.
@@ -121,13 +120,13 @@ def status_of(
     """Read a status out of samples taken at the Unix time `now_s`.
 
     `checks`, such as the process's own, come before what the samples say of health, and instead of
-    it where they have its name. A metric that is not there leaves its value None or empty.
+    it where they have its name; whether epochs end in time only they say. A metric that is not
+    there leaves its value None or empty.
     """
     read = _Read(samples)
     model, flow = read.info("scoring_model_info"), read.info("scoring_flow_info")
     level = _whole(read.one("scoring_overload_level"))
     last_epoch = read.one("scoring_last_epoch_timestamp_seconds")
-    epoch_age = now_s - last_epoch if last_epoch else None
     partitions = _partitions(read)
     return Status(
         time=now_s,
@@ -150,10 +149,10 @@ def status_of(
         batch_events=_whole(read.one("scoring_batch_events_sum")) or 0,
         worker_busy_s=read.one("scoring_worker_busy_seconds_total"),
         throttled_s=read.one("scoring_throttled_seconds_total"),
-        epoch_age_s=epoch_age,
+        epoch_age_s=now_s - last_epoch if last_epoch else None,
         recovery_bytes=_whole(read.one("scoring_recovery_store_bytes")),
         resident_bytes=_whole(read.one("process_resident_memory_bytes")),
-        health=_joined(checks, _health(read, now_s, last_epoch, partitions, limits)),
+        health=_joined(checks, _health(read, now_s, partitions, limits)),
     )
 
 
@@ -190,6 +189,9 @@ def _whole(value: float | None) -> int | None:
 
 def _level_name(level: int, policy: str | None) -> str:
     """Say what the flow does at a level of overload; see `dataflows.overload`.
+
+    At level 0 it may still answer in short what came in a downtime or is past the deadline. One
+    reading does not tell: the page sees it from two.
 
     >>> [_level_name(level, "degrade") for level in (0, 1, 4)]
     ['normal', '1 in 2 scored in full', '1 in 16 scored in full']
@@ -267,14 +269,12 @@ def _capital(text: str) -> str:
 def _health(
     read: _Read,
     now_s: float,
-    last_epoch: float | None,
     partitions: Sequence[Partition],
     limits: Limits,
 ) -> list[Health]:
     return [
         *_brokers(read),
         *_freshness(partitions, limits),
-        *_epoch(read, now_s, last_epoch, limits),
         *_retention(partitions, limits),
         *_profiles(read),
         *_inputs(read, now_s, limits),
@@ -299,21 +299,6 @@ def _freshness(partitions: Sequence[Partition], limits: Limits) -> list[Health]:
     if oldest > limits.lag_s:
         return [Health("Freshness", False, f"The oldest waiting record is {span(oldest)} old.")]
     return [Health("Freshness", True, f"No record waits for more than {span(limits.lag_s)}.")]
-
-
-def _epoch(read: _Read, now_s: float, last_epoch: float | None, limits: Limits) -> list[Health]:
-    if last_epoch is None:
-        return []
-    if not last_epoch:
-        return [Health("Epoch", None, "No epoch has ended yet.")]
-    epochs = read.one("scoring_epoch_seconds_count")
-    mean = (read.one("scoring_epoch_seconds_sum") or 0.0) / epochs if epochs else 0.0
-    age = now_s - last_epoch
-    well = age <= max(limits.epoch_s, 5 * mean)
-    sentence = f"The last epoch ended {span(age)} ago."
-    if not well:
-        sentence += " After a crash, all since then is processed again."
-    return [Health("Epoch", well, sentence)]
 
 
 def _retention(partitions: Sequence[Partition], limits: Limits) -> list[Health]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dataflows.page.recent import Recent
-from dataflows.page.status import STAGES, Samples, Status, status_of
+from dataflows.page.status import STAGES, Health, Samples, Status, status_of
 from features.batch import EventBatch
 from features.fraud import FRAUD
 
@@ -108,9 +108,9 @@ def samples(n: int, **other: Any) -> Samples:
             ({"decision": "block"}, n - n * 3 // 4),
         ],
         "predictions_total": [
-            ({"score_mode": "full"}, read - 49 * n),
-            ({"score_mode": "cached"}, 30 * n),
-            ({"score_mode": "rule"}, 10 * n),
+            ({"score_mode": "full"}, read - 9 * n - 40),
+            ({"score_mode": "cached"}, 30),  # before the first reading
+            ({"score_mode": "rule"}, 10),
         ],
         "end_to_end_latency_seconds_bucket": [
             ({"le": f"{bound:g}"}, latency_below(bound, read)) for bound in (*BOUNDS, np.inf)
@@ -166,6 +166,7 @@ class Feed:
     def __init__(self, capacity: int = 500) -> None:
         self.seconds = 0
         self.other: dict[str, Any] = {}
+        self.checks = [Health("epoch", True, "the last epoch ended 3 s ago")]
         self.recent = recent(capacity)
         self._flagged = self._born = 0
 
@@ -173,11 +174,12 @@ class Feed:
         self.seconds += 1
         started: Samples = {"process_start_time_seconds": [({}, BEGAN_S + self._born)]}
         found = {**samples(self.seconds - self._born, **self.other), **started}
-        return status_of(found, BEGAN_S + self.seconds)
+        return status_of(found, BEGAN_S + self.seconds, checks=self.checks)
 
     def restart(self) -> None:
-        """Begin to count anew, in a new process."""
+        """Begin to count anew, in a new process; its page is another one, too."""
         self._born = self.seconds
+        self.recent, self._flagged = recent(self.recent.capacity), 0
 
     def flag(self, *rows: Mapping[str, Any]) -> None:
         """Flag transactions."""

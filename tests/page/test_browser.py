@@ -166,6 +166,7 @@ def test_it_fetches_from_its_own_server_only(shown: Page) -> None:
 def test_what_is_not_known_is_said(browser: Chrome) -> None:
     feed = Feed()
     feed.other = {name.removeprefix("scoring_"): [] for name in samples(1) if "scoring" in name}
+    feed.checks = []
     with serve(page(feed.status, feed.recent), "127.0.0.1", 0) as server:
         shown = Page(browser, server, feed)
         browser.get(server.url)
@@ -177,6 +178,44 @@ def test_what_is_not_known_is_said(browser: Chrome) -> None:
         assert not shown.visible("list")
         assert shown.console() == []
         browser.get("about:blank")
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "words"),
+    [
+        ("block", "shed", "0 · catching up"),
+        ("degrade", "rule", "0 · catching up, or past the deadline"),
+    ],
+)
+def test_short_answers_at_level_0_are_not_normal(
+    shown: Page, policy: str, mode: str, words: str
+) -> None:
+    shown.until(lambda: shown.text("level-name") == "0 · normal")
+
+    class Growing(list[Any]):
+        """As many events as seconds, of each mode."""
+
+        def __iter__(self) -> Iterator[Any]:
+            n = shown.feed.seconds
+            return iter([({"score_mode": "full"}, n), ({"score_mode": mode}, n)])
+
+    flow = [({"delivery": "at_least_once", "overload_policy": policy}, 1)]
+    shown.feed.other = {"predictions_total": Growing(), "flow_info": flow}
+    shown.until(lambda: shown.text("level-name") == words)
+    assert shown.by_id("level").get_attribute("data-state") == "warn"
+    # At another level it is that one's doing.
+    shown.feed.other |= {"overload_level": [({}, 1)]}
+    shown.until(lambda: shown.text("level-name") == "1 · 1 in 2 scored in full")
+    # Afterwards, what was answered before the level fell is not held against it.
+    shown.feed.other = {"predictions_total": [({"score_mode": mode}, 10_000)]}
+    shown.js(
+        "window.seen = []; new MutationObserver(() => window.seen.push("
+        "document.getElementById('level-name').textContent))"
+        ".observe(document.getElementById('level'), {subtree: true, childList: true,"
+        " characterData: true})"
+    )
+    shown.until(lambda: shown.text("level-name") == "0 · normal")
+    assert set(shown.js("return window.seen")) == {"0 · normal"}
 
 
 def test_trouble_is_shown_and_spoken(shown: Page) -> None:
@@ -204,6 +243,31 @@ def test_a_restart_shows_no_negative_rates(shown: Page) -> None:
     shown.until(lambda: shown.feed.seconds >= until)
     assert "up for 3 s" in shown.text("about") or "up for 4 s" in shown.text("about")
     assert set(shown.js("return window.seen")) == {"500"}
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_after_a_restart_the_list_is_the_new_process_s(
+    browser: Chrome, feed: Feed, held: bool
+) -> None:
+    """Which may have flagged fewer, or by chance as many: numbers of two lives do not compare."""
+    with serve(page(feed.status, feed.recent), "127.0.0.1", 0) as server:
+        shown = Page(browser, server, feed)
+        shown.open()
+        if held:
+            shown.js("document.querySelector('#rows button').focus()")
+    shown.until(lambda: shown.visible("stale"))
+    feed.restart()
+    feed.flag(*[{}] * 136, {"transaction_id": "fresh fraud"})
+    with serve(page(feed.status, feed.recent), "127.0.0.1", server.port):
+        if held:
+            shown.until(lambda: shown.visible("newer"))
+            assert shown.newest == "T000136"
+            shown.by_id("newer").click()
+        shown.until(lambda: shown.newest == "fresh fraud")
+        feed.flag({"transaction_id": "and on it goes"})
+        shown.js("document.activeElement.blur()")
+        shown.until(lambda: shown.newest == "and on it goes")
+        browser.get("about:blank")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -394,7 +458,7 @@ def test_a_record_is_shown_whole(shown: Page) -> None:
     utc = "return document.querySelector('#record-body time').title"
     assert shown.js(utc).endswith(" UTC")
     link = shown.by_id("record-body").find_element(By.LINK_TEXT, "This record as JSON")
-    assert str(link.get_attribute("href")).endswith("/api/flagged/T-whole")
+    assert str(link.get_attribute("href")).endswith("/api/record?id=T-whole")
 
 
 def test_from_a_record_to_all_of_its_card(shown: Page) -> None:

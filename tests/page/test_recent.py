@@ -28,12 +28,6 @@ ROWS = st.fixed_dictionaries(
 BATCHES = st.lists(st.lists(ROWS, max_size=8), max_size=12)
 
 
-def matches(given: str, wanted: str) -> bool:
-    if wanted.endswith("*"):
-        return given.startswith(wanted[:-1])
-    return wanted in ("", given)
-
-
 def filled(batches: list[list[dict[str, Any]]], capacity: int) -> tuple[Recent, list[Any]]:
     """Return what was kept, and the oracle: every flagged row, newest first."""
     kept = recent(capacity)
@@ -53,8 +47,10 @@ def filled(batches: list[list[dict[str, Any]]], capacity: int) -> tuple[Recent, 
 @given(
     BATCHES,
     st.integers(1, 12),
-    st.sampled_from(["", "C1", "C1*", "C*", "*", "é", "nobody", "C12"]),
-    st.sampled_from(["", "T1", "T1*", "X"]),
+    st.sampled_from(["", "C1", "C*", "é", "nobody", "C12"]),
+    st.sampled_from(["", "C", "C1", "C*", "*"]),
+    st.sampled_from(["", "T1", "X"]),
+    st.sampled_from(["", "T", "T1"]),
     st.sampled_from(["", *DECISIONS[1:]]),
     st.integers(1, 12),
 )
@@ -62,7 +58,9 @@ def test_what_is_found_is_what_a_list_finds(
     batches: list[list[dict[str, Any]]],
     capacity: int,
     card: str,
+    card_prefix: str,
     terminal: str,
+    terminal_prefix: str,
     decision: str,
     limit: int,
 ) -> None:
@@ -70,11 +68,20 @@ def test_what_is_found_is_what_a_list_finds(
     expected = [
         row
         for row in naive[:capacity]
-        if matches(row["card_id"], card)
-        and matches(row["terminal_id"], terminal)
+        if card in ("", row["card_id"])
+        and row["card_id"].startswith(card_prefix)
+        and terminal in ("", row["terminal_id"])
+        and row["terminal_id"].startswith(terminal_prefix)
         and decision in ("", DECISIONS[row["decision"]])
     ]
-    found = kept.find(card=card, terminal=terminal, decision=decision, limit=limit)
+    found = kept.find(
+        card=card,
+        card_prefix=card_prefix,
+        terminal=terminal,
+        terminal_prefix=terminal_prefix,
+        decision=decision,
+        limit=limit,
+    )
     assert [(row.card_id, row.terminal_id, row.decision, row.offset) for row in found.flagged] == [
         (row["card_id"], row["terminal_id"], DECISIONS[row["decision"]], row["offset"])
         for row in expected[:limit]
@@ -202,6 +209,17 @@ def test_memory_is_bounded_whatever_comes(size: int) -> None:
         assert rows <= 2 * kept.capacity
     assert kept.find(limit=1000).kept == 100
     assert len(kept.find(limit=1000).flagged) == 100
+
+
+def test_a_reader_meets_few_chunks_whatever_the_batches_were() -> None:
+    """Each costs a reader some microseconds, in which the flow cannot run."""
+    kept = recent(500)
+    for i in range(2000):
+        kept.add(scored([{"decision": 1}], i), VERSION if i < 1900 else "newer")
+        assert len(kept._chunks) < 30
+    found = kept.find(limit=500).flagged
+    assert [row.transaction_id for row in found] == [f"T{i:06d}" for i in range(1999, 1499, -1)]
+    assert [row.model_version for row in found] == ["newer"] * 100 + [VERSION] * 400
 
 
 def test_readers_see_whole_states_while_another_thread_adds() -> None:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from dataflows.health import Health as HealthOf
 from dataflows.metrics import Metrics
 from dataflows.page.status import STAGES, Health, Limits, Status, samples_of, status_of
 from tests.page.feed import BEGAN_S, BOUNDS, VERSION, samples
@@ -172,7 +173,7 @@ def test_a_flow_that_is_well_says_so() -> None:
     found = status()
     assert found.model_version == VERSION
     assert [health.name for health in found.health if not health.ok] == []
-    assert {"Brokers", "Freshness", "Epoch", "Retention", "Profiles", "Disk"} <= {
+    assert {"Brokers", "Freshness", "Retention", "Profiles", "Disk"} <= {
         health.name for health in found.health
     }
 
@@ -181,19 +182,6 @@ def test_a_flow_that_is_well_says_so() -> None:
     ("name", "other", "expected", "words"),
     [
         ("Brokers", {"brokers_reachable": [({}, 0)]}, False, "No broker answers"),
-        ("Epoch", {"last_epoch_timestamp_seconds": [({}, 0)]}, None, "No epoch has ended yet"),
-        ("Epoch", {"last_epoch_timestamp_seconds": [({}, NOW_S - 59)]}, True, "59 s ago"),
-        ("Epoch", {"last_epoch_timestamp_seconds": [({}, NOW_S - 61)]}, False, "61 s ago"),
-        (
-            "Epoch",  # epochs of a minute: not late before five
-            {
-                "last_epoch_timestamp_seconds": [({}, NOW_S - 299)],
-                "epoch_seconds_count": [({}, 2)],
-                "epoch_seconds_sum": [({}, 120)],
-            },
-            True,
-            "5 min ago",
-        ),
         (
             "Freshness",
             {"lag_seconds": [({"topic": "a", "partition": "0"}, 61)]},
@@ -235,6 +223,23 @@ def test_what_is_not_well_is_said(
     ok, sentence = verdict(name, **other)
     assert ok is expected
     assert words in sentence
+
+
+def test_whether_epochs_end_is_said_once_by_the_process() -> None:
+    """As /healthz says it: it knows how long its epochs may take."""
+    old = samples(100, last_epoch_timestamp_seconds=[({}, NOW_S - 150)])
+    assert [h for h in status_of(old, NOW_S).health if h.name == "Epoch"] == []
+    (check,) = HealthOf(stale_after_s=200.0, now=lambda: 1000.0, epoch_at=850.0).alive()
+    found = status_of(old, NOW_S, checks=[Health(check.name, check.ok, check.sentence)])
+    assert [h for h in found.health if h.name == "Epoch"] == [
+        Health("Epoch", True, "The last epoch ended 150 s ago.")
+    ]
+    assert found.epoch_age_s == 150
+
+
+def test_brokers_that_were_not_asked_yet_are_not_known() -> None:
+    unknown = status(brokers_reachable=[({}, math.nan)])
+    assert "Brokers" not in {health.name for health in unknown.health}
 
 
 def test_a_partition_that_is_never_deleted_is_no_retention() -> None:

@@ -10,6 +10,9 @@ export class Flagged {
   #announce;
   #shown = []; // the records in the table
   #found = null; // the newest answer
+  #life = null; // when the process started: numbers begin anew in the next one
+  #foundIn = null; // the life that #found is of
+  #shownIn = null; // and #shown
   #limit = PAGE;
   #asked = 0; // counts questions, so that a late answer to an old one is dropped
   #byHand = false; // whether the question under way was
@@ -46,29 +49,35 @@ export class Flagged {
   }
 
   /** Ask for what is new; what is being read stays where it is. */
-  async refresh() {
+  async refresh(life) {
+    this.#life = life;
     await this.#ask(false);
   }
 
+  /** What is asked for: an id as a whole if it is in quotes, or else how it begins. */
   get #filter() {
     const form = byId("filter");
-    const id = (text) => {
-      const typed = text.trim();
-      const quoted = /^"(.*)"$/.exec(typed);
-      return quoted ? quoted[1] : typed && `${typed}*`;
-    };
-    return { card: id(form.card.value), terminal: id(form.terminal.value), decision: form.decision.value };
+    const asked = {};
+    for (const field of ["card", "terminal"]) {
+      const typed = form[field].value.trim();
+      const quoted = /^"(.+)"$/.exec(typed);
+      if (quoted) asked[field] = quoted[1];
+      else if (typed) asked[`${field}_prefix`] = typed;
+    }
+    if (form.decision.value) asked.decision = form.decision.value;
+    return asked;
   }
 
   async #ask(anew) {
     if (!anew && this.#byHand) return; // its answer is the one that is waited for
     const asked = ++this.#asked;
+    const life = this.#life;
     const query = new URLSearchParams({ ...this.#filter, limit: this.#limit });
-    if (!anew && this.#found) query.set("after", this.#found.total);
+    if (!anew && this.#found && this.#foundIn === life) query.set("after", this.#found.total);
     this.#byHand = anew;
     let found;
     try {
-      found = await this.#get(`/api/flagged?${query}`);
+      found = await this.#get("/api/flagged", query); // not in the URL, which proxies log
     } catch (error) {
       // What was not asked for by hand is asked again anyway.
       if (anew) say("count", `The list could not be read: ${error.message}.`);
@@ -77,7 +86,7 @@ export class Flagged {
       if (asked === this.#asked) this.#byHand = false;
     }
     if (asked !== this.#asked) return;
-    if (found) this.#found = found;
+    if (found) [this.#found, this.#foundIn] = [found, life];
     const news = this.#found.flagged !== this.#shown;
     if (anew || (news && !this.#held())) this.#render();
     else if (news) this.#offer();
@@ -92,7 +101,7 @@ export class Flagged {
   }
 
   #offer() {
-    const top = this.#shown[0].number;
+    const top = this.#shownIn === this.#foundIn ? this.#shown[0].number : 0;
     const newer = this.#found.flagged.filter((record) => record.number > top).length;
     const all = newer === this.#found.flagged.length ? " or more" : "";
     byId("newer").hidden = newer === 0;
@@ -108,12 +117,12 @@ export class Flagged {
 
   #render() {
     const found = this.#found;
-    this.#shown = found.flagged;
+    [this.#shown, this.#shownIn] = [found.flagged, this.#foundIn];
     byId("newer").hidden = true;
     byId("list").hidden = !found.flagged.length;
     byId("rows").replaceChildren(...found.flagged.map(row));
     byId("more").hidden = found.flagged.length >= found.matching || this.#limit >= found.capacity;
-    const filtered = Object.values(this.#filter).some(Boolean);
+    const filtered = Object.keys(this.#filter).length > 0;
     const kept = found.total > found.kept ? `the newest ${words.count(found.kept)} of ${words.count(found.total)}` : words.count(found.total);
     say(
       "count",
@@ -174,7 +183,7 @@ export class Flagged {
         ["Model", id(record.model_version)],
         ["Schema", id(record.schema_hash)],
       ]),
-      el("p", {}, el("a", { href: `/api/flagged/${encodeURIComponent(record.transaction_id)}`, target: "_blank" }, "This record as JSON")),
+      el("p", {}, el("a", { href: `/api/record?${new URLSearchParams({ id: record.transaction_id })}`, target: "_blank" }, "This record as JSON")),
     ];
   }
 }

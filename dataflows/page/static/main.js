@@ -16,9 +16,10 @@ let timer = 0;
 let turn = 0; // of asking; what an earlier one began does not go on
 let flaggedAt = -Infinity;
 
-/** Fetch JSON; null for "nothing new". Throws for anything but an answer. */
-async function get(path) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(ANSWER_WITHIN_MS) });
+/** Fetch JSON, by GET or with a form by POST; null for "nothing new". Throws but for an answer. */
+async function get(path, form) {
+  const how = form ? { method: "POST", body: form } : {};
+  const response = await fetch(path, { ...how, signal: AbortSignal.timeout(ANSWER_WITHIN_MS) });
   if (response.status === 401) {
     location.assign("/login");
     return new Promise(() => {}); // until the browser is there
@@ -43,7 +44,7 @@ async function poll(mine) {
     show(status);
     if (began - flaggedAt >= 2 * EVERY_MS - 50) {
       flaggedAt = began;
-      await flagged.refresh();
+      await flagged.refresh(status.started);
     }
   } catch {
     if (mine === turn) failed(began);
@@ -144,10 +145,13 @@ let levelSaid = null;
 /** Return what is to be told of the level: that it is another kind of trouble, not each step. */
 function level(status) {
   const n = status.overload_level;
-  const state = n === null ? "unknown" : n === 0 ? "ok" : n <= 2 ? "warn" : "bad";
+  const late = n === 0 && series.late;
+  const state = n === null ? "unknown" : n === 0 ? (late ? "warn" : "ok") : n <= 2 ? "warn" : "bad";
   byId("level").dataset.state = state;
   byId("level").title = status.overload_policy ? `Policy: ${status.overload_policy}` : "";
-  const name = n === null ? "not known" : `${n} · ${status.overload_name}`;
+  // Under `block` there is no deadline.
+  const why = status.overload_policy === "block" ? "catching up" : "catching up, or past the deadline";
+  const name = n === null ? "not known" : `${n} · ${late ? why : status.overload_name}`;
   say("level-name", name);
   const changed = levelSaid !== null && levelSaid !== state;
   levelSaid = state;

@@ -3,6 +3,7 @@
 export const HISTORY_S = 120;
 export const WINDOW_S = 10;
 export const MIX_S = 60;
+export const LEVEL_S = 3;
 
 /** Sum a nested count by its inner key: {topic: {outcome: n}} → {outcome: n}. */
 export function totals(byTopic) {
@@ -111,6 +112,16 @@ export class Series {
         us: batchEvents > 0 ? ((s.seconds - (before[s.name] ?? 0)) * 1e6) / batchEvents : null,
       })),
     };
+  }
+
+  /** Whether events were not scored in full in the last seconds, though the level was 0 in them. */
+  get late() {
+    const then = this.since(LEVEL_S);
+    if (!then) return false;
+    const these = this.readings.slice(this.readings.indexOf(then));
+    if (these.some((reading) => reading.overload_level !== 0)) return false;
+    const { full, ...others } = difference(this.now.score_modes, then.score_modes);
+    return sum(Object.values(others)) > 0;
   }
 
   get lag() {
