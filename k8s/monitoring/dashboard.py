@@ -121,7 +121,8 @@ ROWS: dict[str, list[Panel]] = {
             "Smallest age of a record",
             "s",
             {"{{instance}}": "scoring_record_age_seconds{$of}"},
-            help="In the last control interval: the signal of the overload control.",
+            help="Of the records passed on in the last quarter of a second; if none was, of the "
+            "oldest one waiting.",
         ),
         Panel(
             "Time until retention deletes what is unread",
@@ -188,6 +189,12 @@ ROWS: dict[str, list[Panel]] = {
             "Pause of a snapshot",
             "s",
             mean("scoring_snapshot_seconds") | quantiles("scoring_snapshot_seconds", "", 0.99),
+        ),
+        Panel(
+            "State in a snapshot",
+            "bytes",
+            {"{{instance}}": "scoring_snapshot_bytes{$of}"},
+            help="What was given to the last one: state that an epoch did not touch is not in it.",
         ),
         Panel("Recovery store", "bytes", {"{{instance}}": "scoring_recovery_store_bytes{$of}"}),
         Panel(

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from dataflows.metrics import LATENCY_BOUNDS_S, METRICS, OUTCOMES, SCORE_BOUNDS
 from dataflows.settings import Settings
+from dataflows.steps.encode import SCORE_MODES
 from k8s.monitoring import dashboard
 from model.package import DECISIONS
 from tests.monitoring.rules import UNIT_TESTS, load, parse, rules_of, title
@@ -26,7 +27,7 @@ VALUES = {
     "topic": {
         field.default for name, field in Settings.model_fields.items() if name.endswith("_topic")
     },
-    "score_mode": {"full", "cached", "rule"},
+    "score_mode": set(SCORE_MODES),
     "result": {"fresh", "stale", "missing", "ok", "failed", "late", "refused"}
     | {"committed", "aborted"},
     "job": {"fraud-scoring"},
@@ -76,8 +77,10 @@ def check(where: str, expr: str) -> None:
                 bounds = SCORE_BOUNDS if name.startswith("scoring_score") else LATENCY_BOUNDS_S
                 known = {f"{bound:g}" for bound in bounds} | {""}
                 assert set(value.split("|")) <= known, f"{where}: no bound is {value}"
-            elif operator in ("=", "!=") and label in VALUES:
-                assert value in VALUES[label] | {""}, f"{where}: {label} is never {value}"
+            elif label in VALUES:
+                asked = set(value.split("|")) if "~" in operator else {value}
+                unknown = asked - VALUES[label] - {"", ".*"}
+                assert not unknown, f"{where}: {label} is never {unknown}"
     assert query.grouping <= every, f"{where}: nothing has the labels {query.grouping - every}"
 
 

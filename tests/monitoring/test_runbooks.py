@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
+from confluent_kafka import Message
 
+from dataflows.kafka.read import readable
 from dataflows.settings import Settings
+from dataflows.steps.encode import Prediction
 from tests.monitoring.rules import ROOT, alerts
 from tests.monitoring.test_names import KNOWN
 
@@ -19,7 +25,14 @@ TEXT = RUNBOOKS.read_text()
 #: Heading → its text.
 PARAGRAPHS = dict(re.findall(r"^### (\w+)\n\n(.*?)\n*(?=\n##|\Z)", TEXT, re.M | re.S))
 CODE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", TEXT)]
-COMMANDS = sorted({code for code in CODE if code.startswith("python -m ")})
+COMMANDS = sorted({code.split(" | ")[0] for code in CODE if code.startswith("python -m ")})
+#: What a command that reads a topic may be given: the default names, or any.
+TOPICS = {
+    field.default for name, field in Settings.model_fields.items() if name.endswith("_topic")
+} | {"TOPIC"}
+
+#: One that was shed.
+PREDICTION = Prediction("T1", "C1", "M1", 0, None, None, "v", "x", 5, "shed", shed="skipped")
 
 
 def test_each_alert_has_a_paragraph_and_each_paragraph_an_alert() -> None:
@@ -80,3 +93,26 @@ def test_commands_exist(command: str) -> None:
     assert command or not rest or rest[0].startswith("-") or not commands, rest
     for option in (word for word in rest if word.startswith("--")):
         assert re.search(rf"{option}\b", _help(module, command)), (module, command, option)
+    if module == "dataflows.kafka.read":
+        topics = [word for word in rest if not word.startswith("--")]
+        assert len(topics) == 1, topics
+        assert set(topics) <= TOPICS, f"no topic is called {topics[0]}"
+
+
+JQ = {code.split(" | jq ", 1)[1] for code in CODE if " | jq " in code}
+
+
+@pytest.mark.parametrize("arguments", sorted(JQ))
+def test_jq_finds_what_a_record_has(arguments: str) -> None:
+    """What is asked for is in the lines that the reader writes, here of a prediction."""
+    jq = shutil.which("jq")
+    if jq is None:
+        pytest.skip("needs jq (Debian: apt install jq)")
+    value = msgspec.json.encode(PREDICTION)
+    record = Message(key=b"C1", value=value, headers=[("origin", b"transactions/0/1")])
+    line = msgspec.json.encode({"append_time": 5, **readable(record)})
+    done = subprocess.run(
+        [jq, *shlex.split(arguments)], input=line, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() not in (b"", b"null")

@@ -1,7 +1,8 @@
-"""The unit tests of the rules notice every threshold that is changed.
+"""The unit tests of the rules notice every threshold, window and operator that is changed.
 
-Each number of each expression, each `for` and each objective's bound is changed in turn, and
-promtool has to fail. So that this does not take ten minutes, a changed rule is tested with the
+Each number of each expression, each window and offset, each `for`, each objective's bound, each
+smallest and largest, each `and` and `unless` is changed in turn, and promtool has to fail. So that
+this does not take ten minutes, a changed rule is tested with the
 rules that it needs and those that need it, by the looks at those only.
 """
 
@@ -29,6 +30,10 @@ NOT_A_THRESHOLD = {
 }
 
 
+#: Operators and what they are changed to.
+OTHER = {"max": "min", "min": "max", "and": "or", "unless": "and"}
+
+
 def near(number: str) -> list[str]:
     """Return values near a number: the next whole ones of a small one, else a quarter off.
 
@@ -44,11 +49,21 @@ def near(number: str) -> list[str]:
 def mutants(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what is changed, and the rule with that change."""
     rule = RULES[name]
+    # Of a rule whose name says its window, test_rules compares the two.
+    named = re.search(r":(?:ratio_)?(?:rate|increase)\w+$", name_of(rule))
     for token in tokens(rule["expr"]):
-        if token.kind == "number" and token.text not in NOT_A_THRESHOLD.get(name, {}):
-            for other in near(token.text):
-                expr = rule["expr"][: token.start] + other + rule["expr"][token.end :]
-                yield f"{token.text} → {other} at {token.start}", rule | {"expr": expr}
+        others: list[str] = []
+        if token.text in NOT_A_THRESHOLD.get(name, {}):
+            continue
+        if token.kind == "number":
+            others = near(token.text)
+        elif token.kind == "duration" and not named:
+            others = [f"{round(seconds(token.text) * factor)}s" for factor in (4, 0.25)]
+        elif token.kind == "name" and token.text in OTHER:
+            others = [OTHER[token.text]]
+        for other in others:
+            expr = rule["expr"][: token.start] + other + rule["expr"][token.end :]
+            yield f"{token.text} → {other} at {token.start}", rule | {"expr": expr}
     if "for" in rule:
         for factor in (2, 0.5):
             other = f"{round(seconds(rule['for']) * factor)}s"
