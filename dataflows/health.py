@@ -31,8 +31,10 @@ class Health:
         unconfirmed_since: returns since when brokers have confirmed nothing that was written, by
             `now`; None: they do, or nothing was.
         now: monotonic clock, in seconds.
+        started: whether the flow has begun to read, or, in a process without input partitions, to
+            write.
         epoch_at: when an epoch last became durable, or the flow began to read, by `now`; None: it
-            has not begun.
+            has not, or this process has no input partitions, and is not told of epochs.
         outage_since: since when no broker answers who reads, by `now`; None: one does.
         model: version of the model that is loaded.
     """
@@ -40,12 +42,18 @@ class Health:
     stale_after_s: float = 60.0
     unconfirmed_since: Callable[[], float | None] = lambda: None
     now: Callable[[], float] = time.monotonic
+    started: bool = False
     epoch_at: float | None = None
     outage_since: float | None = None
     model: str | None = None
 
-    def works(self) -> None:
+    def begins(self) -> None:
+        """Note that the flow has begun."""
+        self.started = True
+
+    def reads(self) -> None:
         """Note that the flow has begun to read, or that an epoch has ended."""
+        self.started = True
         self.epoch_at = self.now()
 
     def silent_since(self) -> float | None:
@@ -57,7 +65,7 @@ class Health:
         """Return what must be so of a process that is not to be restarted."""
         epoch_at = self.epoch_at
         if epoch_at is None:
-            return [Check("epoch", True, "no epoch has begun: the flow is starting, or resuming")]
+            return [Check("epoch", True, "nothing is read yet, or by other processes")]
         age_s = self.now() - epoch_at
         ok = age_s <= self.stale_after_s
         sentence = f"the last epoch ended {age_s:.0f} s ago"
@@ -71,16 +79,16 @@ class Health:
     def ready(self) -> list[Check]:
         """Return what must be so of a process that does its work now."""
         model = "no model is loaded yet" if self.model is None else f"model {self.model} is loaded"
-        brokers, reading, silent = "the brokers answer", self.epoch_at is not None, None
+        brokers, started, silent = "the brokers answer", self.started, None
         since = self.silent_since()
         if since is not None:
             silent = self.now() - since
             brokers = f"no broker has answered for {silent:.0f} s; the flow waits for them"
-        elif not reading:
+        elif not started:
             brokers = "nothing has been read yet: the flow is starting, or resuming"
         return [
             Check("model", self.model is not None, model),
-            Check("brokers", reading and silent is None, brokers),
+            Check("brokers", started and silent is None, brokers),
         ]
 
     def all(self) -> list[Check]:

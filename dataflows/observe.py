@@ -60,7 +60,7 @@ class Observer:
             metrics.producer_queue.labels(topic).set(records)
         self._health.outage_since = stats.outage_since
         if self._health.epoch_at is None:
-            self._health.works()
+            self._health.reads()
         self._control(stats)
         if stats.epochs > self._epochs:
             self._epochs = stats.epochs
@@ -83,7 +83,7 @@ class Observer:
         metrics.stage_s.labels("snapshot").observe(stats.snapshot_s)
         metrics.last_epoch.set(time.time())
         self._epoch_at = now
-        self._health.works()
+        self._health.reads()
         metrics.snapshot_bytes.set(metrics.given_bytes - self._given_bytes)
         self._given_bytes = metrics.given_bytes
         if self._store is None:

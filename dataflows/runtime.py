@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 
 from dataflows import measure, recovery
 from dataflows.health import Health, endpoints
-from dataflows.kafka.client_log import Calm
+from dataflows.kafka.client_log import Calm, without_numbers
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.sink import PREDICTION_TOO_LARGE, KafkaSink, poll_sinks
 from dataflows.kafka.source import (
@@ -200,12 +200,6 @@ class Runtime:
         reads = GuardedReads(store, budget_s=settings.feast_budget_ms / 1000)
         skew_ms = round(settings.max_clock_skew_s * 1000)
 
-        def snapshotted() -> None:
-            # A process without input partitions has no source to tell of its epochs.
-            METRICS.last_epoch.set(time.time())
-            if health is not None:
-                health.works()
-
         def sink(topic: str, observe: Callable[[Delivery], None]) -> KafkaSink:
             return KafkaSink(
                 topic,
@@ -218,7 +212,7 @@ class Runtime:
                 tail_max_records=settings.tail_max_records,
                 either_copy=settings.dedupe,
                 observe=observe,
-                snapshotted=snapshotted,
+                snapshotted=None if health is None else health.begins,
                 startup_timeout_s=settings.startup_timeout_s,
             )
 
@@ -414,7 +408,10 @@ def report() -> None:
 def _kind_of_line(record: logging.LogRecord) -> str:
     """Return what lines have in common that say the same of different things."""
     said = record.msg
-    return f"{record.name}: {said['event'] if isinstance(said, dict) else said}"
+    if isinstance(said, dict):
+        return f"{record.name}: {said.get('event')}"
+    # All that librdkafka says comes by one format.
+    return without_numbers(record) if record.name == "librdkafka" else f"{record.name}: {said}"
 
 
 def configure_logging(settings: Settings) -> None:
@@ -439,7 +436,7 @@ def configure_logging(settings: Settings) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(Calm(_MOST_LINES, kind_of=_kind_of_line))
+    handler.addFilter(Calm(_MOST_LINES, kind_of=_kind_of_line, spare=logging.ERROR))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

@@ -234,6 +234,9 @@ class GuardedReads:
                     read.overdue = True
                     view.why = read.why or f"no answer within {self._budget_s * 1000:g} ms"
                 return rows, missed, "failed" if read.why else "late"
+            budget.left_s = min(
+                budget.left_s, self._budget_s
+            )  # what was quick pays for nothing else
             with self._lock:
                 self._settle(view)
             if read.rows is None:

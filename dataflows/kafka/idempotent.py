@@ -58,9 +58,13 @@ class _WorkerProducer:
     def flush(self) -> int:
         """Wait, in bounded time, until nothing is outstanding; return how many still are."""
         wait = Wait("delivery", self.timeout_s)
+        before = len(self.producer)
         while True:
             remaining: int = self.producer.flush(wait.slice_s())
             self.raise_if_fatal()
+            if remaining < before:
+                wait.goes_on()
+            before = remaining
             if not remaining:
                 wait.is_over()
                 return 0
@@ -147,7 +151,7 @@ class IdempotentWriter:
     def _produce_when_there_is_room(
         self, key: bytes | None, value: bytes | None, headers: Any
     ) -> None:
-        deadline = time.monotonic() + self._shared.timeout_s
+        wait = Wait("the producer's queue is full", self._shared.timeout_s)
         while True:
             self._producer.poll(0.05)
             self._shared.raise_if_fatal()
@@ -155,9 +159,10 @@ class IdempotentWriter:
                 self._producer.produce(
                     self._topic, value, key, self._partition, self._reported, None, 0, headers
                 )
+                wait.is_over()
                 return
             except BufferError as error:
-                if time.monotonic() > deadline:
+                if wait.is_too_long():
                     raise no_room(self._topic, self._partition, self._shared.timeout_s) from error
             except KafkaException as error:
                 raise not_taken(error.args[0], self._topic, self._partition, 1) from error

@@ -302,7 +302,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         for row in np.flatnonzero(too_large).tolist():
             least = stub(batch, row)
             if least is not None:
-                _logger.error(
+                _logger.warning(
                     "%s does not take a dead letter of %d bytes: only its reason is kept, event id "
                     "%s. Raise max.message.bytes of the topic to keep the record too",
                     self.topic,
@@ -369,7 +369,8 @@ class _SinkPartition(StatefulSinkPartition[OutRecords, SinkState]):
         began = time.monotonic()
         for batch in values:
             self._writer.write(batch)
-        self.write_s.append(time.monotonic() - began)
+        if self._observe is not None:
+            self.write_s.append(time.monotonic() - began)
         # A worker without a source, or one that waits for the others, has no turns.
         if time.monotonic() - self.told_at > 2 * _TELL_EVERY_S:
             _tell([self])

@@ -230,7 +230,7 @@ class SourceStats:
         buffered: records read and not yet emitted.
         lag: records in the topics and not yet emitted, by (topic, partition); as of the last fetch.
         lag_s: seconds since the first of these was appended; while none of them has been fetched,
-            since anything of the partition was emitted, or was known to be there; 0: none is.
+            since the last one emitted was, or since it is known that there are any; 0: none is.
         age_s: smallest age of the records emitted since the observation before, in seconds; if none
             was, `lag_s` of the partition furthest behind.
         newest_ms: when the broker appended the newest record emitted, by topic.
@@ -413,6 +413,7 @@ class _Lane:
         "at_end_offset",
         "behind_since",
         "emitted_before",
+        "late_s",
         "name",
         "partition",
         "paused",
@@ -436,8 +437,10 @@ class _Lane:
         self.topic_partition = TopicPartition(topic, partition)
         self.snapshots = 0
         self.at_end_offset = -1  # of the last end-of-partition event
-        self.behind_since = 0.0  # monotonic seconds: nothing was emitted since, or to come before
+        # Monotonic seconds: nothing was emitted since, or to come before; 0: not looked at.
+        self.behind_since = 0.0
         self.emitted_before = -1  # offset, at the last observation
+        self.late_s = 0.0  # age of the last record emitted, at `behind_since`
         self.silent_s = 0.0  # how long the others have waited for this one
         self.released_at = -1  # `received` when waiting was given up
         self.paused = False
@@ -946,13 +949,16 @@ class _Reader:
                 nothing_here = oldest[index] < 0
                 at_end = nothing_here and self._at_end(lane, int(merge.received[index]))
                 stats.lag[of] = 0 if at_end else max(0, found[1] - int(merge.emitted[index]))
-            if not stats.lag.get(of) or merge.emitted[index] != lane.emitted_before:
+            if not stats.lag.get(of) or not lane.behind_since:
+                lane.behind_since, lane.late_s = now, 0.0
+            elif merge.emitted[index] != lane.emitted_before and appended[index] >= 0:
                 lane.behind_since = now
+                lane.late_s = max(0.0, (now_ms - appended[index]) / 1000)
             lane.emitted_before = int(merge.emitted[index])
             if oldest[index] >= 0:
                 stats.lag_s[of] = max(0.0, (now_ms - oldest[index]) / 1000)
             else:
-                stats.lag_s[of] = now - lane.behind_since
+                stats.lag_s[of] = lane.late_s + now - lane.behind_since
             if appended[index] >= 0:
                 newest_ms = max(stats.newest_ms.get(lane.topic, 0), appended[index])
                 stats.newest_ms[lane.topic] = newest_ms
@@ -971,7 +977,7 @@ class _Reader:
             stats = self._source.stats
             if stats.outage_since is None:
                 stats.outage_since = time.monotonic()
-                self._next_probe = stats.outage_since + _PROBE_EVERY_S
+                self._next_probe = stats.outage_since  # it may have come late, and be over
             self._log_outage(error.str())
 
     def _log_outage(self, what: str) -> None:

@@ -285,17 +285,21 @@ class TransactionalWriter:
         rows = zip(batch.keys, batch.values, batch.each_headers(), strict=True)
         for row, (key, value, headers) in enumerate(rows):
             report = self._reported if row == last else None
-            deadline: float | None = None
+            wait: Wait | None = None
             while True:
                 try:
                     produce(topic, value, key, partition, report, None, 0, headers)
+                    if wait is not None:
+                        wait.is_over()
                     break
                 except BufferError as error:
-                    deadline = deadline or time.monotonic() + self._timeout_s
-                    if time.monotonic() > deadline:
+                    wait = wait or Wait("the producer's queue is full", self._timeout_s)
+                    if wait.is_too_long():
                         raise no_room(topic, partition, self._timeout_s) from error
                     self._producer.poll(0.05)
                 except KafkaException as error:
+                    if wait is not None:
+                        wait.is_over()
                     self._refused = error.args[0]
                     return
 
@@ -409,7 +413,8 @@ class TransactionalWriter:
             except KafkaException as error:
                 reason = error.args[0]
                 if reason.txn_requires_abort():
-                    wait.is_over()
+                    if reason.code() not in _HOPELESS:
+                        wait.is_over()
                     raise
                 if reason.retriable() and not wait.is_too_long():
                     time.sleep(0.1)

@@ -147,7 +147,7 @@ class Wait:
 
     def __init__(self, what: str, bound_s: float) -> None:
         self._what, self._bound_s = what, bound_s
-        self._began = time.monotonic()
+        self._began = self._silent_since = time.monotonic()
         self._noted = self._told = False
 
     def slice_s(self) -> float:
@@ -161,11 +161,11 @@ class Wait:
         waited_s = now - self._began
         if waited_s >= self._bound_s:
             return True
-        if waited_s < _TELL_AFTER_S:
+        if now - self._silent_since < _TELL_AFTER_S:
             return False
         self._noted = True
         if Wait.since is None:
-            Wait.since = self._began
+            Wait.since = self._silent_since
         if now >= Wait._next_told:
             Wait._next_told = now + _TELL_EVERY_S
             self._told = True
@@ -173,10 +173,16 @@ class Wait:
                 "%s: the brokers have confirmed nothing for %.0f s; the flow waits, and stops if "
                 "it takes %g s",
                 self._what,
-                waited_s,
+                now - self._silent_since,
                 self._bound_s,
             )
         return False
+
+    def goes_on(self) -> None:
+        """Note that the brokers have confirmed something: they are slow, not silent."""
+        self.is_over()
+        self._silent_since = time.monotonic()
+        self._noted = self._told = False
 
     def is_over(self) -> None:
         """Say that it has been worth it, if the wait was told of."""
@@ -184,7 +190,7 @@ class Wait:
             Wait.since = None
             Wait.outages += 1
         if self._told:
-            waited_s = time.monotonic() - self._began
+            waited_s = time.monotonic() - self._silent_since
             _logger.warning("%s: the brokers confirm again, after %.1f s", self._what, waited_s)
 
 

@@ -78,6 +78,27 @@ def test_who_keeps_up_is_not_behind_though_records_are_always_under_way(broker: 
     assert max(late) < 1.0 + 5 * max(rounds_s), (looks, max(rounds_s))
 
 
+def test_a_backlog_is_old_at_every_look(broker: DevBroker) -> None:
+    """However often the buffers are empty when it is looked: one lane, read in small batches."""
+    looks: list[tuple[int, float]] = []
+
+    def look(stats: SourceStats) -> None:
+        if stats.read["tx"]:
+            looks.append((stats.lag["tx", 0], stats.lag_s["tx", 0]))
+
+    producer, old_s = producer_of(broker), 3600
+    long_ago = int((time.time() - old_s) * 1000)
+    for _ in range(5_000):
+        producer.produce("tx", b'{"at": 1}', partition=0, timestamp=long_ago)
+    assert not producer.flush(10)
+    with reading(broker, observe=look, batch_size=128) as (source, turn):
+        while source.stats.read["tx"] < 4_000:
+            if turn():
+                source_of = next(iter(source._readers.values()))
+                source_of._observe()
+    assert looks and all(lag and seconds > old_s - 1 for lag, seconds in looks), looks
+
+
 def test_what_is_not_read_grows_old(broker: DevBroker) -> None:
     seen: list[tuple[float, float]] = []
     producer = producer_of(broker)

@@ -284,7 +284,7 @@ class Oracle:
                 self.note(view, "late")
                 read.vain = True
                 return "late", lacking, left - patience
-            left -= max(read.end - self.now, 0)
+            left = min(left - max(read.end - self.now, 0), BUDGET)
             self.now = max(self.now, read.end)
             self.hear(view)
             if read.rows is None:

@@ -107,8 +107,10 @@ def test_a_wait_for_confirmations_is_an_outage(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(writer, "_TELL_AFTER_S", 0.0)
     health = Health(unconfirmed_since=lambda: Wait.since)
     health.model = "v1"
-    health.works()
+    health.reads()
     waits, before = [Wait("delivery", 60), Wait("delivery", 60)], Wait.outages
+    waits[0].goes_on()
+    assert Wait.outages == before, "it was not silent for long enough"
     assert all(check.ok for check in health.ready())
     assert not any(wait.is_too_long() for wait in waits)
     assert [check.ok for check in health.ready()] == [True, False]
@@ -143,7 +145,7 @@ def test_health_is_what_a_supervisor_needs() -> None:
     assert [check["ok"] for check in starting.json()["checks"]] == [True, False, False]
 
     health.model = "v1"
-    health.works()
+    health.reads()
     assert client.get("/readyz").status_code == 200
     health.outage_since = 90.0
     outage = client.get("/readyz")
