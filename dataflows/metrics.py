@@ -37,8 +37,6 @@ SCORE_BOUNDS = (
 NAMESPACE = "scoring"
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 

@@ -35,8 +35,8 @@ from dataflows.overload import Overload
 from dataflows.page import status as page_status
 from dataflows.page.app import PageError, page
 from dataflows.page.recent import Recent
-from dataflows.page.server import ServeError, serve
 from dataflows.page.status import Status
+from dataflows.serve import ServeError, serve
 from dataflows.settings import Settings, SettingsError, load
 from dataflows.steps.distinct import Dedupe
 from dataflows.steps.encode import SCORE_MODES

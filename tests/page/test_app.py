@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from dataflows.page.app import FLAGGED_DECISIONS, PageError, page
-from dataflows.page.server import Server, serve
 from dataflows.page.status import Status
+from dataflows.serve import Server, serve
 from features.fraud import FRAUD
 from tests.page.feed import BEGAN_S, Feed, recent
 

@@ -20,7 +20,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from dataflows.page.app import page
-from dataflows.page.server import Server, serve
+from dataflows.serve import Server, serve
 from tests.page.conftest import look
 from tests.page.feed import BOUNDS, Feed, samples
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from dataflows.page.server import ServeError, serve
+from dataflows.serve import ServeError, serve
 
 
 async def hello(request: Request) -> Response:
