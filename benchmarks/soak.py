@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks import plots
 from benchmarks.harness import RESULTS, Bench, await_that, bench, machine
-from tests.integration.flow import _free_port
+from tests.integration.flow import free_port
 
 LOOK_EVERY_S = 5.0
 OUTAGE_S, BURST_S, BURST = 20.0, 30.0, 3.0
@@ -69,7 +69,7 @@ def look(process: psutil.Process, port: int, began: float) -> Look:
 def soak(on: Bench, minutes: float, rate: float) -> tuple[list[Look], int]:
     """Run; return the looks, and how many events were sent."""
     run = on.run("at_least_once", retention_bytes=100_000_000)
-    port = _free_port()
+    port = free_port()
     process = run.start(
         METRICS_PORT=str(port), DEDUPE="true", OVERLOAD_POLICY="degrade", OVERLOAD_TARGET_MS="1000"
     )

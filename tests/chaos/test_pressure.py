@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from features import online_store, profiles
 from tests.chaos.trial import AT_LEAST, EXACTLY, Trial, one
 from tests.integration.feast_stores import Redis, SlowProxy, redis_server
-from tests.integration.flow import MIDNIGHT, ROOT, tiny_feast, tiny_model, write_history
+from tests.integration.flow import MIDNIGHT, fill_repo, tiny_feast, tiny_model, write_history
 from tests.kafka.client import await_that
 
 __all__ = ["one", "redis_server", "tiny_feast", "tiny_model"]  # fixtures
@@ -122,18 +120,7 @@ def redis_repo(redis_server: Redis, tmp_path: Path) -> Callable[[int], Path]:
         history, repo = tmp_path / "history", tmp_path / "repo"
         history.mkdir()
         write_history(history)
-        names = ("transactions", "fraud_reports", "customers", "terminals")
-        profiles.build(
-            **{name: history / f"{name}.parquet" for name in names},
-            out=repo / "data" / "profiles",
-            created_ms=MIDNIGHT,
-            from_ms=MIDNIGHT,
-            until_ms=MIDNIGHT,
-        )
-        online_store.write_repo(repo, f"redis://127.0.0.1:{port}")
-        command = [sys.executable, "-m", "features.profiles", "materialize"]
-        command += ["--repo", str(repo), "--until", profiles.day_name(MIDNIGHT)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        fill_repo(repo, history, MIDNIGHT, f"redis://127.0.0.1:{port}")
         return repo
 
     return filled

@@ -155,22 +155,27 @@ def feast_repo(history: Path, midnight_ms: int, content: str) -> Path:
     """
 
     def build(directory: Path) -> None:
-        names = ("transactions", "fraud_reports", "customers", "terminals")
-        profiles.build(
-            **{name: history / f"{name}.parquet" for name in names},
-            out=directory / "data" / "profiles",
-            created_ms=midnight_ms,
-            from_ms=midnight_ms,
-            until_ms=midnight_ms,
-        )
-        online_store.write_repo(directory)
-        # In another process: Feast takes 6 s and 200 MB to import.
-        command = [sys.executable, "-m", "features.profiles", "materialize"]
-        command += ["--repo", str(directory), "--until", profiles.day_name(midnight_ms)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        fill_repo(directory, history, midnight_ms)
 
     key = f"{content}{midnight_ms}{sources_of(profiles, online_store)}"
     return cached("tiny_feast", key, build)
+
+
+def fill_repo(directory: Path, history: Path, midnight_ms: int, online: str = "sqlite") -> None:
+    """Make a repository with this online store, filled from `history` as of one midnight."""
+    names = ("transactions", "fraud_reports", "customers", "terminals")
+    profiles.build(
+        **{name: history / f"{name}.parquet" for name in names},
+        out=directory / "data" / "profiles",
+        created_ms=midnight_ms,
+        from_ms=midnight_ms,
+        until_ms=midnight_ms,
+    )
+    online_store.write_repo(directory, online)
+    # In another process: Feast takes 6 s and 200 MB to import.
+    command = [sys.executable, "-m", "features.profiles", "materialize"]
+    command += ["--repo", str(directory), "--until", profiles.day_name(midnight_ms)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def write_history(folder: Path) -> None:
@@ -270,7 +275,7 @@ class Flow:
         self._life_begins = self.log_file.stat().st_size
         clean = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
         clean.pop("SETTINGS_FILE", None)
-        self._port = _free_port()
+        self._port = free_port()
         command = [sys.executable, "-m", "bytewax.run", "dataflows.fraud"]
         command += ["-r", str(self.recovery), "-s", "1", "-b", "0"]
         with self.log_file.open("ab") as log:
@@ -375,7 +380,7 @@ class Flow:
         return account
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
