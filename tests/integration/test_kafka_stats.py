@@ -65,7 +65,9 @@ def test_who_keeps_up_is_not_behind_though_records_are_always_under_way(broker: 
     producer, rounds_s, emitted, rounds = producer_of(broker), [0.0], 0, 0
     with reading(broker, observe=look, batch_size=10) as (_, turn):
         sent(producer, 40)
-        while len(looks) < 20:  # five seconds
+        # Four looks a second; on a quiet machine some find nothing under way. Twenty that do are
+        # asked for, and a source that never sees any is not waited for longer than a minute.
+        while sum(records > 0 for records, _ in looks) < 20 and len(looks) < 240:
             began = time.monotonic()
             sent(producer, 20)
             rounds += 1
@@ -73,7 +75,7 @@ def test_who_keeps_up_is_not_behind_though_records_are_always_under_way(broker: 
                 emitted += turn()
             rounds_s.append(time.monotonic() - began)
     late = [seconds for records, seconds in looks if records]
-    assert len(late) >= 10, looks
+    assert len(late) >= 20, looks
     # A record waits for three rounds, and for those who share the machine.
     assert max(late) < 1.0 + 5 * max(rounds_s), (looks, max(rounds_s))
 
