@@ -36,7 +36,7 @@ from dataflows.fraud import graph
 from dataflows.kafka.dev_broker import MockCluster
 from dataflows.kafka.records import Records
 from dataflows.kafka.sink import poll_sinks
-from dataflows.metrics import METRICS, ArrayHistogram, LatencyHistogram
+from dataflows.metrics import METRICS, ArrayHistogram
 from dataflows.runtime import Runtime
 from dataflows.settings import load
 from features.online_store import freeze_gc
@@ -146,7 +146,7 @@ def child(size: int, metrics: bool) -> None:
         for kind in (Counter, Gauge):
             kind.inc = nothing  # type: ignore[method-assign]
         Gauge.set = Histogram.observe = nothing  # type: ignore[method-assign]
-        ArrayHistogram.observe = LatencyHistogram.observe_ms = nothing  # type: ignore[method-assign]
+        ArrayHistogram.observe = nothing  # type: ignore[method-assign]
     print(run(size))
 
 

@@ -8,8 +8,10 @@ The account must balance for each topic that is scored:
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,7 +44,14 @@ OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
 
 
 class ArrayHistogram(Collector):
-    """A Prometheus histogram fed with arrays: a call a micro-batch, not an event."""
+    """A Prometheus histogram fed with arrays: a call a micro-batch, not an event.
+
+    Values are kept until there are `_WORTH_IT` of them, or somebody looks: of a few hundred, NumPy
+    spends more on the calls than on the values. One thread observes, any may look.
+    """
+
+    #: Values that are counted at once, at least.
+    _WORTH_IT = 4096
 
     def __init__(
         self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry
@@ -51,29 +60,48 @@ class ArrayHistogram(Collector):
         self._bounds = np.array(bounds)
         self._buckets = np.zeros(len(bounds) + 1, np.int64)
         self._sum = 0.0
+        self._waiting: deque[npt.NDArray[np.float64]] = deque()
+        self._values = 0
+        self._counting = Lock()
         registry.register(self)
 
     def observe(self, values: npt.NDArray[np.float64]) -> None:
-        """Add values, float64 of any length; upper bounds are closed. NaN is left out."""
-        if len(values) == 0:
-            return
+        """Add values, float64 of any length; upper bounds are closed. NaN is left out.
+
+        The array is kept for a while: the caller does not change it any more.
+        """
+        self._waiting.append(values)
+        self._values += len(values)
+        if self._values >= self._WORTH_IT:
+            self._values = 0
+            self._catch_up()
+
+    def collect(self) -> Any:
+        self._catch_up()
+        cumulative = np.cumsum(self._buckets).tolist()
+        bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, cumulative, strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
+
+    def _catch_up(self) -> None:
+        with self._counting:
+            parts = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            if parts:
+                self._count(np.concatenate(parts))
+
+    def _count(self, values: npt.NDArray[np.float64]) -> None:
         known = values[values == values]
         self._sum += float(known.sum())
         self._buckets += np.bincount(
             np.searchsorted(self._bounds, known), minlength=len(self._buckets)
         )
 
-    def collect(self) -> Any:
-        cumulative = np.cumsum(self._buckets).tolist()
-        bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
-        buckets = list(zip(bounds, cumulative, strict=True))
-        yield HistogramMetricFamily(self._name, self._help, buckets=buckets, sum_value=self._sum)
-
 
 class LatencyHistogram(ArrayHistogram):
     """A latency distribution: exact to 1 % or 10 µs from 10 µs to an hour, then "an hour".
 
-    Kept as an HDR histogram, exported as a Prometheus histogram.
+    Observes milliseconds; negative ones (clock skew) count as 0. Kept as an HDR histogram, exported
+    as a Prometheus histogram, in seconds.
     """
 
     #: Steps a factor of e that latencies are rounded to before they are counted. In a backlog all
@@ -87,12 +115,9 @@ class LatencyHistogram(ArrayHistogram):
         super().__init__(name, help, LATENCY_BOUNDS_S, registry)
         self._histogram = HdrHistogram(1, self._MOST_UNITS, 2)
 
-    def observe_ms(self, latencies: npt.NDArray[np.float64]) -> None:
-        """Add latencies in ms, float64 of any length; negative ones (clock skew) count as 0."""
-        if len(latencies) == 0:
-            return
-        seconds = np.maximum(latencies, 0.0) / 1000
-        self.observe(seconds)
+    def _count(self, values: npt.NDArray[np.float64]) -> None:
+        seconds = np.maximum(values, 0.0) / 1000
+        super()._count(seconds)
         # HdrHistogram drops what is out of its range, and a backlog can be hours old.
         in_range = np.clip(seconds / self._UNIT_S, 1, self._MOST_UNITS)
         steps = np.bincount((np.log(in_range) * self._STEPS + 0.5).astype(np.intp))
@@ -102,6 +127,7 @@ class LatencyHistogram(ArrayHistogram):
 
     def percentile_ms(self, *percentiles: float) -> dict[str, float | None]:
         """Return percentiles in ms, by name: ``{"p50": 2.1, …}``; None before any observation."""
+        self._catch_up()
         histogram = self._histogram
         return {
             f"p{p:g}": None

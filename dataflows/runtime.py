@@ -223,7 +223,7 @@ class Runtime:
             METRICS.count(settings.transactions_topic, "dead_lettered", delivery.too_large)
             refused = METRICS.dead_letters.labels(settings.transactions_topic, PREDICTION_TOO_LARGE)
             refused.inc(delivery.too_large)
-            METRICS.latency.observe_ms(delivery.latency_ms)
+            METRICS.latency.observe(delivery.latency_ms)
             written(delivery)
 
         def written(delivery: Delivery) -> None:

@@ -100,7 +100,8 @@ def encode(
             latency_ms = now_ms - batch["append_time"]
             decided = np.bincount(batch["decision"] + 1, minlength=len(_DECISIONS))
             for decision, n in zip(DECISIONS, decided[1:].tolist(), strict=True):
-                METRICS.decisions.labels(decision).inc(n)
+                if n:
+                    METRICS.decisions.labels(decision).inc(n)
             if notice is not None:
                 notice(batch)
             modes = _modes(batch)

@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 #: How often, at most, a view's store is complained about (s).
 COMPLAIN_S = 10.0
+_RESULTS = ("fresh", "stale", "missing")
 
 
 @operator
@@ -37,6 +38,10 @@ def lookup(
     never stops the flow, nor holds a batch up for longer than the store's budget.
     """
     complaints = {view.name: _Complaints(view.name, now_s) for view in views}
+
+    for view in views:
+        for result in _RESULTS:  # exported as 0 from the start
+            METRICS.profile_lookups.labels(view.name, result)
 
     def run(batches: list[EventBatch]) -> Iterable[EventBatch]:
         for batch in batches:
@@ -56,9 +61,9 @@ def lookup(
 
 def _count(view: ProfileView, found: Profiles, is_open: bool) -> None:
     fresh, stale, missing, unavailable = np.bincount(found.served, minlength=len(Served)).tolist()
-    METRICS.profile_lookups.labels(view.name, "fresh").inc(fresh)
-    METRICS.profile_lookups.labels(view.name, "stale").inc(stale)
-    METRICS.profile_lookups.labels(view.name, "missing").inc(missing + unavailable)
+    for result, n in zip(_RESULTS, (fresh, stale, missing + unavailable), strict=True):
+        if n:
+            METRICS.profile_lookups.labels(view.name, result).inc(n)
     METRICS.breaker_open.labels(view.name).set(is_open)
     if found.read is not None:
         METRICS.store_reads.labels(view.name, found.read).inc()

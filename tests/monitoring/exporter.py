@@ -40,7 +40,7 @@ def well(metrics: Metrics, events: int = 100) -> None:
     metrics.predictions.labels("full").inc(events)
     metrics.decisions.labels("approve").inc(events - flagged)
     metrics.decisions.labels("review").inc(flagged)
-    metrics.latency.observe_ms(np.full(events, 5.0))
+    metrics.latency.observe(np.full(events, 5.0))
     metrics.score.observe(np.linspace(0, 1, events))
     for view in VIEWS:
         metrics.profile_lookups.labels(view, "fresh").inc(events)
@@ -72,12 +72,12 @@ def _degraded(metrics: Metrics) -> None:
 
 def _slow(metrics: Metrics) -> None:
     well(metrics)
-    metrics.latency.observe_ms(np.full(50, 400.0))
+    metrics.latency.observe(np.full(50, 400.0))
 
 
 def _not_fast(metrics: Metrics) -> None:
     well(metrics)
-    metrics.latency.observe_ms(np.full(5, 40.0))
+    metrics.latency.observe(np.full(5, 40.0))
 
 
 def _behind(metrics: Metrics) -> None:

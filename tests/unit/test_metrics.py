@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_buckets_are_those_of_a_naive_count(parts: list[list[float]]) -> None:
     """Cumulative, upper bounds closed, whatever the arrays they came in."""
     latency, registry = histogram()
     for part in parts:
-        latency.observe_ms(np.array(part))
+        latency.observe(np.array(part))
     every = [ms / 1000 for part in parts for ms in part]
     samples = served(registry)
     for bound in LATENCY_BOUNDS_S:
@@ -55,7 +56,7 @@ def test_buckets_are_those_of_a_naive_count(parts: list[list[float]]) -> None:
 @given(st.lists(st.floats(0.01, 3_600_000), min_size=1, max_size=200))
 def test_percentiles_are_within_a_percent(latencies: list[float]) -> None:
     latency, _ = histogram()
-    latency.observe_ms(np.array(latencies))
+    latency.observe(np.array(latencies))
     for percent in (50, 95, 99, 99.9):
         rank = max(1, int(percent / 100 * len(latencies) + 0.5))  # HdrHistogram's: the nearest
         exact = sorted(latencies)[rank - 1]
@@ -63,10 +64,28 @@ def test_percentiles_are_within_a_percent(latencies: list[float]) -> None:
         assert found == pytest.approx(exact, rel=0.011, abs=0.011)
 
 
+def test_nothing_observed_is_missed_while_somebody_looks() -> None:
+    latency, registry = histogram()
+    observed = threading.Event()
+
+    def look() -> None:
+        while not observed.is_set():
+            generate_latest(registry)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(2_000):
+        latency.observe(np.full(100, 3.0))
+    observed.set()
+    looking.join()
+    assert served(registry)["scoring_latency_seconds_count", ()] == 200_000
+    assert latency.percentile_ms(50)["p50"] == pytest.approx(3, rel=0.01)
+
+
 def test_clock_skew_counts_as_nothing_and_hours_as_an_hour() -> None:
     """A backlog of yesterday must show in the percentiles, not vanish from them."""
     latency, registry = histogram()
-    latency.observe_ms(np.array([-5.0, 2.0, 86_400_000.0, 86_400_000.0]))
+    latency.observe(np.array([-5.0, 2.0, 86_400_000.0, 86_400_000.0]))
     assert latency.percentile_ms(99)["p99"] == pytest.approx(3_600_000, rel=0.011)
     assert latency.percentile_ms(25)["p25"] == pytest.approx(0.01, abs=0.001)
     samples = served(registry)
@@ -76,7 +95,7 @@ def test_clock_skew_counts_as_nothing_and_hours_as_an_hour() -> None:
 
 def test_percentiles_before_any_observation_are_none() -> None:
     latency, registry = histogram()
-    latency.observe_ms(np.empty(0))
+    latency.observe(np.empty(0))
     assert latency.percentile_ms(50, 99.9) == {"p50": None, "p99.9": None}
     assert served(registry)["scoring_latency_seconds_count", ()] == 0
 
