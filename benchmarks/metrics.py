@@ -159,7 +159,7 @@ def _scrape() -> None:
 def main() -> int:
     """Run the command line; return 1 if metrics cost too much."""
     parser = argparse.ArgumentParser("python -m benchmarks.metrics", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--size", type=int, default=256, help="events of a micro-batch")
     parser.add_argument("--child", choices=("with", "without"), help=argparse.SUPPRESS)
     options = parser.parse_args()
