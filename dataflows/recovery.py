@@ -4,10 +4,11 @@ Bytewax 0.21.1 wants a directory that somebody has initialised, unpickles whatev
 renamed steps empty without a word, and panics when a partition it has state of is gone. Here each
 of these is either done for the operator or refused with a sentence, before the engine starts.
 
-``-r DIR`` names one directory for all processes of a cluster. In it:
+``-r DIR`` names one directory for all processes of a cluster, or each has a directory of its own
+with some of the parts, and they meet (`Store.meet`, PEERS_PORT). In it:
 
 ========================  =====================================================================
-``part-0.sqlite3``        Bytewax's, with ``-wal`` and ``-shm`` beside it while a flow runs
+``part-<n>.sqlite3``      Bytewax's, with ``-wal`` and ``-shm`` beside it while a flow runs
 ``store.json``            `Manifest`: whose it is
 ``.process-<id>.lock``    held (flock) for the life of that process of the flow; says its pid
 ``.process-<id>.json``    what that process tells the others (`dataflows.kafka.peers`)
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -46,7 +47,8 @@ import structlog
 from bytewax.dataflow import Dataflow
 from bytewax.recovery import init_db_dir
 
-from dataflows.kafka.peers import Peers
+from dataflows.kafka.meeting import Meeting
+from dataflows.kafka.peers import Peers, SharedDirectory
 from dataflows.kafka.sink import SinkState, check_state
 from dataflows.kafka.topics import part_name
 from features import journal
@@ -108,6 +110,8 @@ class Launch:
     workers: int
     #: Of epochs, in seconds.
     interval_s: float = 10.0
+    #: Of each process, for the engine: host:port.
+    addresses: tuple[str, ...] = ()
 
 
 def launched() -> Launch | None:
@@ -128,6 +132,7 @@ def launched() -> Launch | None:
         len(addresses),
         workers,
         10.0 if interval is None else interval.total_seconds(),
+        tuple(addresses),
     )
 
 
@@ -145,18 +150,51 @@ class Store:
     #: Of all processes.
     workers: int
     _lock: int = field(repr=False)
+    #: Of each process, for the engine: host:port.
+    addresses: tuple[str, ...] = ()
+    #: Where the processes meet; None: in the directory.
+    meeting: Meeting | None = None
+    #: What all parts say, wherever they are; None: those in the directory.
+    whole: Progress | None = None
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether the windows' rows go to a journal: one worker, and a store in one part.
+
+        A store in several parts is to be spread over processes, each of which has some shards.
+        """
+        return self.workers == 1 and progress(parts_of(self.directory)).parts == [(0, 1)]
+
+    def meet(self, port: int, orphaned: Callable[[str], None]) -> Store:
+        """Hear what parts the other processes have, who have directories of their own.
+
+        They listen at `port` of their addresses. Waits for all of them; for `orphaned` see
+        `dataflows.kafka.meeting`. Returns the store, knowing.
+
+        Raises RecoveryError if the parts are not those of one store; ServeError.
+        """
+        hosts = [address.rpartition(":")[0].strip("[]") for address in self.addresses]
+        here = progress(parts_of(self.directory))
+        meeting = Meeting(
+            [(host, port) for host in hosts], self.process, msgspec.json.encode(here), orphaned
+        )
+        found = [msgspec.json.decode(each, type=Progress) for each in meeting.meet()]
+        return replace(self, meeting=meeting, whole=together(found))
 
     def peers(self) -> Peers | None:
         """Return the other processes of the cluster, to drain with; None if there are none."""
         if self.processes == 1:
             return None
-        with _writing(self.directory):
-            return Peers(
+        if self.meeting is not None:
+            return Peers(self.meeting, self.process, self.processes)
+        with writing(self.directory):
+            board = SharedDirectory(
                 self.directory,
                 self.process,
                 self.processes,
                 lambda process: is_held(self.directory, process),
             )
+            return Peers(board, self.process, self.processes)
 
     def close(self) -> None:
         """Let another process have it."""
@@ -178,6 +216,7 @@ def open_store(flow_id: str, delivery: str) -> Store | None:
             process=launch.process,
             processes=launch.processes,
             workers=launch.workers,
+            addresses=launch.addresses,
         )
     how = "run with -r DIR -s 10 -b 0; DIR is created if it is not there"
     if delivery == "exactly_once":
@@ -191,7 +230,13 @@ def open_store(flow_id: str, delivery: str) -> Store | None:
 
 
 def prepare(
-    directory: Path, flow_id: str, *, process: int = 0, processes: int = 1, workers: int = 1
+    directory: Path,
+    flow_id: str,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 1,
+    addresses: tuple[str, ...] = (),
 ) -> Store:
     """Take hold of a recovery directory, creating the store if there is none.
 
@@ -203,8 +248,8 @@ def prepare(
     another flow's store.
     """
     directory = directory.absolute()
-    _make_private(directory)
-    with _writing(directory):
+    make_private(directory)
+    with writing(directory):
         lock, life = _hold(directory, process, processes)
         try:
             _refuse_others(directory, processes, life)
@@ -213,11 +258,12 @@ def prepare(
         except BaseException:
             os.close(lock)
             raise
-    return Store(directory, manifest, process, processes, processes * workers, lock)
+    return Store(directory, manifest, process, processes, processes * workers, lock, addresses)
 
 
 @contextmanager
-def _writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path) -> Iterator[None]:
+    """Say of what goes wrong with files that the directory cannot be written: RecoveryError."""
     try:
         yield
     except OSError as error:
@@ -227,7 +273,11 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def _make_private(directory: Path) -> None:
+def make_private(directory: Path) -> None:
+    """Create a directory that only its owner may enter, or make it so.
+
+    Raises RecoveryError if it is another user's, or cannot be created.
+    """
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
@@ -508,31 +558,92 @@ def snapshots(
                 yield Snapshot(part, *row)
 
 
-def resume_epoch(parts: Collection[Path]) -> int:
-    """Return the epoch that a flow resumes in: the first that is not durable on every worker.
+class Progress(msgspec.Struct, frozen=True):
+    """What parts of a store say of how far the flow is."""
 
-    As Bytewax 0.21.1 reckons it (``src/recovery.rs``, `resume_from`); 1 for a new store.
-    """
-    executions: dict[int, tuple[int, int]] = {}
-    fronts: dict[tuple[int, int], int] = {}
+    #: (index, of how many) of each part.
+    parts: list[tuple[int, int]]
+    #: Number → workers, and the epoch it began in.
+    executions: dict[int, tuple[int, int]]
+    #: (execution, worker, the epoch that is the first not durable on it).
+    fronts: list[tuple[int, int, int]]
+    #: The newest epoch up to which a part has given up older snapshots; 0: none has.
+    newest_commit: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all parts of the store, each once."""
+        return sorted(self.parts) == [(n, len(self.parts)) for n in range(len(self.parts))]
+
+    @property
+    def resume_epoch(self) -> int:
+        """Return the epoch that a flow resumes in: the first that is not durable on every worker.
+
+        As Bytewax 0.21.1 reckons it (``src/recovery.rs``, `resume_from`); 1 for a new store.
+        """
+        if not self.executions:
+            return 1
+        fronts = {(number, worker): epoch for number, worker, epoch in self.fronts}
+        last = max(self.executions)
+        workers, began = self.executions[last]
+        return min(fronts.get((last, worker), began) for worker in range(workers))
+
+
+def progress(parts: Collection[Path]) -> Progress:
+    """Read what parts say of how far the flow is."""
+    found = Progress([], {}, [], 0)
     for part in parts:
         with _open(part) as connection:
-            for number, workers, epoch in connection.execute(
-                "SELECT ex_num, worker_count, resume_epoch FROM exs"
-            ):
-                executions[number] = (workers, epoch)
-            for number, worker, epoch in connection.execute(
-                "SELECT ex_num, worker_index, worker_frontier FROM fronts"
-            ):
-                fronts[number, worker] = epoch
-    if not executions:
-        return 1
-    last = max(executions)
-    workers, began = executions[last]
-    return min(fronts.get((last, worker), began) for worker in range(workers))
+            (commit,) = connection.execute("SELECT MAX(commit_epoch) FROM commits").fetchone()
+            rows = connection.execute("SELECT ex_num, worker_count, resume_epoch FROM exs")
+            of_part = Progress(
+                connection.execute("SELECT part_index, part_count FROM parts").fetchall(),
+                {number: (workers, epoch) for number, workers, epoch in rows},
+                connection.execute(
+                    "SELECT ex_num, worker_index, worker_frontier FROM fronts"
+                ).fetchall(),
+                commit or 0,
+            )
+        found = _joined(found, of_part)
+    return found
 
 
-def discard_open_epoch(directory: Path, delivery: str) -> int:
+def together(found: Collection[Progress]) -> Progress:
+    """Put together what the processes of a cluster have found, each in a directory of its own.
+
+    Raises RecoveryError unless it is one store, with each part once.
+    """
+    whole = Progress([], {}, [], 0)
+    for each in found:
+        whole = _joined(whole, each)
+    if not whole.is_whole:
+        have = "; ".join(
+            f"process {n}: {', '.join(f'{i} of {of}' for i, of in sorted(each.parts)) or 'none'}"
+            for n, each in enumerate(found)
+        )
+        raise RecoveryError(
+            f"the recovery parts of the cluster's processes are not one store ({have}): each part "
+            "must be there once. Let `python -m dataflows.parts` place them, or restore those that "
+            "are missing"
+        )
+    return whole
+
+
+def _joined(one: Progress, other: Progress) -> Progress:
+    return Progress(
+        [*one.parts, *other.parts],
+        {**one.executions, **other.executions},
+        [*one.fronts, *other.fronts],
+        max(one.newest_commit, other.newest_commit),
+    )
+
+
+def resume_epoch(parts: Collection[Path]) -> int:
+    """Return the epoch that a flow resumes in, if these are all its parts."""
+    return progress(parts).resume_epoch
+
+
+def discard_open_epoch(directory: Path, delivery: str, whole: Progress | None = None) -> int:
     """Delete what a killed life has stored of an epoch that never became durable.
 
     Bytewax 0.21.1 stores snapshots as they come (``src/timely.rs``, `partd_write`), and afterwards
@@ -543,33 +654,34 @@ def discard_open_epoch(directory: Path, delivery: str) -> int:
     ``exactly_once`` does not start; the other guarantees go on, with a warning.
 
     Call it while this process holds the directory, before the engine starts; all processes of a
-    cluster may. Returns the number of snapshots deleted.
+    cluster may. `whole`: what all parts say, if not all are here (`Store.meet`). Returns the number
+    of snapshots deleted.
 
     Raises RecoveryError if the store cannot be written, or `delivery` rules out to go on.
     """
     parts = parts_of(directory)
-    wanted = _part_counts(parts)
-    if wanted != {len(parts)}:
+    whole = progress(parts) if whole is None else whole
+    if not whole.is_whole:
         what = (
             "not all parts of the recovery store are in this directory, so what a killed life left "
             "of its last epoch cannot be told from the rest"
         )
-        here, of = len(parts), max(wanted, default=0)
+        here, of = len(parts), max((count for _, count in whole.parts), default=0)
         if delivery == "exactly_once":
             raise RecoveryError(
                 f"{directory} ({here} of {of} parts): {what}, and events could move windows twice "
                 "(DELIVERY=exactly_once). Put all parts into one directory and give it to all "
-                f"processes; or {_NEW_DIRECTORY}"
+                f"processes, or set PEERS_PORT; or {_NEW_DIRECTORY}"
             )
         log.warning(
-            f"{what}: give all processes one directory",
+            f"{what}: give all processes one directory, or set PEERS_PORT",
             directory=str(directory),
             here=here,
             parts=of,
         )
         return 0
-    epoch = resume_epoch(parts)
-    if _newest_commit(parts) > epoch:
+    epoch = whole.resume_epoch
+    if whole.newest_commit > epoch:
         return 0  # a part is older than the others: Bytewax refuses to resume, and says so
     deleted = 0
     for part in parts:
@@ -592,10 +704,10 @@ def seed_windows(directory: Path, flow: Dataflow) -> int:
     Raises RecoveryError if the store cannot be written.
     """
     parts = parts_of(directory)
-    if _part_counts(parts) != {1}:
+    if progress(parts).parts != [(0, 1)]:
         return 0
     seeded = 0
-    with _writing(directory):
+    with writing(directory):
         epoch = resume_epoch(parts)
         for step_id, layout, start in _windows(flow.substeps):
             if start is None:
@@ -632,20 +744,20 @@ def seed_windows(directory: Path, flow: Dataflow) -> int:
     return seeded
 
 
-def fold_journals(directory: Path, flow: Dataflow) -> int:
+def fold_journals(directory: Path, flow: Dataflow, whole: Progress | None = None) -> int:
     """Put the rows of window journals into the shards' states: a cluster keeps none.
 
     A journal's key and the shards of its rows may belong to different workers there. Call it after
     `check` and `discard_open_epoch`; all processes of a cluster may. Killed half-way, it can be
     called again: a state that holds a page's rows says so. Takes as long as a resume and a
-    snapshot of all state. Returns the number of pages folded.
+    snapshot of all state. `whole` as for `discard_open_epoch`. Returns the number of pages folded.
 
     Raises RecoveryError if the store cannot be written, or a shard's state is not in it.
     """
     folded = 0
-    with _writing(directory), _locked(directory / ".create.lock"):
+    with writing(directory), _locked(directory / ".create.lock"):
         parts = parts_of(directory)
-        epoch = resume_epoch(parts)
+        epoch = (progress(parts) if whole is None else whole).resume_epoch
         for step_id, layout, _ in _windows(flow.substeps):
             stored = list(_stored(parts, epoch, step_id))
             pages = [value for _, value in stored if value[0] == "page"]
@@ -714,6 +826,12 @@ def _write(snapshot: Snapshot, what: str, *values: object) -> None:
         connection.execute(what + where, (*values, *row))
 
 
+def fold_log(part: Path) -> None:
+    """Put what a killed process left in a part's log into its one file."""
+    with closing(sqlite3.connect(part, timeout=5.0)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
 @contextmanager
 def _changing(part: Path) -> Iterator[sqlite3.Connection]:
     """Open a part for one transaction."""
@@ -724,25 +842,6 @@ def _changing(part: Path) -> Iterator[sqlite3.Connection]:
         raise RecoveryError(
             f"{part} cannot be written ({error}); is the disk full, or mounted read-only?"
         ) from None
-
-
-def _part_counts(parts: Collection[Path]) -> set[int]:
-    """Return of how many parts the store is, as the parts say that are here."""
-    counts = set()
-    for part in parts:
-        with _open(part) as connection:
-            counts |= {n for (n,) in connection.execute("SELECT part_count FROM parts")}
-    return counts
-
-
-def _newest_commit(parts: Collection[Path]) -> int:
-    """Return the newest epoch up to which a part has given up older snapshots; 0: none has."""
-    newest = 0
-    for part in parts:
-        with _open(part) as connection:
-            (found,) = connection.execute("SELECT MAX(commit_epoch) FROM commits").fetchone()
-            newest = max(newest, found or 0)
-    return newest
 
 
 @contextmanager
@@ -830,6 +929,7 @@ def check(
     partitions: Mapping[str, int],
     *,
     optional: Collection[str] = (),
+    whole: Progress | None = None,
 ) -> Checked:
     """Look through a recovery store before the engine loads it.
 
@@ -843,6 +943,7 @@ def check(
         partitions: topic → number of partitions, of all topics the flow reads or writes.
         optional: ids of steps that the flow can be run without; what they have stored stays, and
             is warned about.
+        whole: what all parts say, if not all are in the directory.
 
     Raises:
         RecoveryError: naming part, step and key, and saying what to do.
@@ -851,7 +952,7 @@ def check(
     switched_off: set[str] = set()
     count = size = 0
     parts = parts_of(directory)
-    epoch = resume_epoch(parts)
+    epoch = (progress(parts) if whole is None else whole).resume_epoch
     written: dict[str, tuple[int, SinkState]] = {}
     for snapshot in snapshots(parts):
         count += 1

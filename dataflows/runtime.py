@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import re
 import sys
 import time
@@ -25,6 +26,7 @@ from dataflows.kafka.sink import PREDICTION_TOO_LARGE, KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
     SourceTopic,
+    drain_requested,
     install_drain_handlers,
 )
 from dataflows.kafka.topics import partition_counts, retention_s
@@ -114,21 +116,27 @@ class Runtime:
             store = recovery.open_store("fraud", settings.delivery)
             health = Health(_stale_after_s(settings), lambda: Wait.since)
             recent = _serve(settings, health)
+            if store is not None and store.processes > 1 and settings.peers_port:
+                store = store.meet(settings.peers_port, _orphaned)
             if settings.tracing_endpoint:
                 _trace(settings.tracing_endpoint)
             runtime = Runtime.of(settings, store, health, recent)
             flow = graph(runtime)
             if store is not None:
                 found = recovery.check(
-                    store.directory, flow, runtime.partitions, optional=OPTIONAL_STEPS
+                    store.directory,
+                    flow,
+                    runtime.partitions,
+                    optional=OPTIONAL_STEPS,
+                    whole=store.whole,
                 )
                 for sink in (runtime.predictions, runtime.dead_letters, runtime.audit):
                     sink.refuse_moved_keys(found.written)
-                recovery.discard_open_epoch(store.directory, settings.delivery)
-                if store.workers > 1:
-                    recovery.fold_journals(store.directory, flow)
-                else:
+                recovery.discard_open_epoch(store.directory, settings.delivery, store.whole)
+                if store.keeps_journal:
                     recovery.seed_windows(store.directory, flow)
+                else:
+                    recovery.fold_journals(store.directory, flow, store.whole)
                 runtime.shards.stored.update(recovery.stored_windows(store.directory, flow))
                 log.info(
                     "recovery store checked",
@@ -269,7 +277,7 @@ class Runtime:
             shards=Shards(
                 settings.shards,
                 start,
-                journal=recovery_store is not None and recovery_store.workers == 1,
+                journal=recovery_store is not None and recovery_store.keeps_journal,
             ),
             store=reads,
             scorer=scorer,
@@ -284,6 +292,13 @@ class Runtime:
             shedding=shedding,
             notice=None if recent is None else partial(recent.add, model_version=scorer.version),
         )
+
+
+def _orphaned(why: str) -> None:
+    """End this process: the cluster it belongs to is no more."""
+    if not drain_requested():
+        log.error(f"this process ends: {why}")
+        os._exit(1)  # the engine may be waiting, for ever, for one that has died
 
 
 def _stale_after_s(settings: Settings) -> float:

@@ -196,6 +196,13 @@ class Settings(BaseSettings):
         description="OTLP/HTTP collector that traces of sampled events go to, such as "
         "http://127.0.0.1:4318; none if unset",
     )
+    peers_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port at which the processes of a cluster meet whose recovery directories are "
+        "their own; 0 where they share one",
+    )
     page_port: int = Field(
         0, ge=0, le=65_535, description="Port of the operator page; 0 serves none"
     )

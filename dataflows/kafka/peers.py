@@ -3,8 +3,8 @@
 **Drain.** A worker may stop only when every other one has what it needs of it. Bytewax 0.21.1
 finishes an epoch when *all* workers have; a worker that stops while another one still waits for
 the end of an epoch leaves that one waiting for ever, busily. Signals do not arrive in one epoch, or
-only one process gets one. So the processes agree, by small files in the recovery directory they
-share:
+only one process gets one. So the processes agree, on a board that all
+of them can read:
 
 * Who is told to drain says so; the others see it within 0.1 s, and drain too.
 * A worker that stops emitting says in which epoch, *before* it gives its snapshot of that epoch.
@@ -22,7 +22,9 @@ epoch began, wherever they are read, the one that is more than the bound behind 
 earlier epoch: all steps have done with it before they see the other. Who has read its partitions to
 their end holds up nobody.
 
-A cluster whose processes do not share a directory cannot do this: see `shared`.
+The board is the recovery directory, if the processes share one (`SharedDirectory`), or they tell
+each other over the network (`dataflows.kafka.meeting`). A cluster that has neither cannot do this:
+see `shared`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -63,8 +66,24 @@ class _Record(msgspec.Struct):
     paces: dict[str, _Pace] = {}
 
 
-class Peers:
-    """This process among the others of its cluster. For use by several threads.
+class Board(Protocol):
+    """Where each process puts up one statement, and reads those of the others."""
+
+    def post(self, statement: bytes, *, farewell: bool = False) -> None:
+        """Put up this process's statement: when this returns, all others read it.
+
+        `farewell`: nothing depends on it for who has ended. Raises PeersError if it cannot be done.
+        """
+
+    def read(self, process: int) -> bytes | None:
+        """Return what another process has put up; None if that cannot be read."""
+
+    def shared(self) -> bool:
+        """Tell whether all others are here. Ask when all processes have connected."""
+
+
+class SharedDirectory:
+    """The board of processes that share a directory: a small file of each.
 
     Args:
         directory: the recovery directory.
@@ -79,20 +98,62 @@ class Peers:
         self._directory = directory
         self._process, self._processes = process, processes
         self._is_alive = is_alive
-        self._mine = _Record()
-        self._lock = threading.Lock()
-        self._write()  # over what an earlier life said
+
+    def post(self, statement: bytes, *, farewell: bool = False) -> None:
+        """Write the file, whole."""
+        path = self._path(self._process)
+        new = path.with_suffix(".new")
+        try:
+            new.write_bytes(statement)
+            new.rename(path)
+        except OSError as error:
+            raise PeersError(
+                f"{path} cannot be written: {error.strerror}. See to the disk of the recovery "
+                "directory (is it full?), then restart the flow; the open epoch is computed again"
+            ) from error
+
+    def read(self, process: int) -> bytes | None:
+        """Read another's file."""
+        try:
+            return self._path(process).read_bytes()
+        except OSError as error:
+            logger.warning("what process %d says cannot be read: %s", process, error)
+            return None
 
     def shared(self) -> bool:
-        """Tell whether all others are in this directory. Ask when all processes have connected."""
+        """Tell whether all others hold this directory, and have said something."""
         others = set(range(self._processes)) - {self._process}
         return all(self._is_alive(n) and self._path(n).exists() for n in others)
+
+    def _path(self, process: int) -> Path:
+        return self._directory / f".process-{process}.json"
+
+
+class Peers:
+    """This process among the others of its cluster. For use by several threads.
+
+    Args:
+        board: where they tell each other.
+        process: this process's id, from 0.
+        processes: how many there are.
+    """
+
+    def __init__(self, board: Board, process: int, processes: int) -> None:
+        self._board = board
+        self._process, self._processes = process, processes
+        self._mine = _Record()
+        self._lock = threading.Lock()
+        self._post()  # over what an earlier life said
+
+    def shared(self) -> bool:
+        """Tell whether all others can be told. Ask when all processes have connected."""
+        return self._board.shared()
 
     def reads(self, worker: str) -> None:
         """Say, before its first snapshot, that a worker has partitions."""
         with self._lock:
             self._mine.workers.setdefault(worker, None)
-            self._write()
+            self._post()
 
     def drains(self, worker: str | None = None, epoch: int = 0) -> None:
         """Say that this process drains, and that a worker of it emits nothing after an epoch."""
@@ -100,13 +161,13 @@ class Peers:
             self._mine.draining = True
             if worker is not None:
                 self._mine.workers[worker] = epoch
-            self._write()
+            self._post()
 
     def stops(self, worker: str) -> None:
         """Say that a worker stops now."""
         with self._lock:
             self._mine.stopped.append(worker)
-            self._write()
+            self._post(farewell=True)
 
     def begins(self, worker: str, partitions: int, epoch: int, stream_time: int) -> None:
         """Say that a worker, in an epoch, emits nothing from before a stream time (ms)."""
@@ -115,7 +176,7 @@ class Peers:
             # Others may still be in the epoch before, not earlier: see `last_epoch`.
             pace.begins = {n: at for n, at in pace.begins.items() if n >= epoch - 1}
             pace.begins[epoch] = stream_time
-            self._write()
+            self._post()
 
     def slowest(self, epoch: int, partitions: int) -> int | None:
         """Return the least stream time that a worker begins an epoch with, ms.
@@ -184,23 +245,12 @@ class Peers:
     def _read(self, process: int) -> _Record | None:
         if process == self._process:
             return self._mine
+        said = self._board.read(process)
         try:
-            return msgspec.json.decode(self._path(process).read_bytes(), type=_Record)
-        except (OSError, msgspec.MsgspecError) as error:
-            logger.warning("what process %d says cannot be read: %s", process, error)
+            return None if said is None else msgspec.json.decode(said, type=_Record)
+        except msgspec.MsgspecError as error:
+            logger.warning("what process %d says is not understood: %s", process, error)
             return None
 
-    def _write(self) -> None:
-        path = self._path(self._process)
-        new = path.with_suffix(".new")
-        try:
-            new.write_bytes(msgspec.json.encode(self._mine))
-            new.rename(path)
-        except OSError as error:
-            raise PeersError(
-                f"{path} cannot be written: {error.strerror}. See to the disk of the recovery "
-                "directory (is it full?), then restart the flow; the open epoch is computed again"
-            ) from error
-
-    def _path(self, process: int) -> Path:
-        return self._directory / f".process-{process}.json"
+    def _post(self, *, farewell: bool = False) -> None:
+        self._board.post(msgspec.json.encode(self._mine), farewell=farewell)

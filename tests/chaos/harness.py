@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dataflows.parts import split
 from dataflows.settings import Settings
 from tests.chaos import check
 from tests.chaos.load import Item, Load, with_trouble
@@ -86,10 +87,13 @@ class Setting:
     delivery: str
     processes: int = 1
     duplicates: bool = False
+    #: Whether each process has a recovery directory of its own.
+    apart: bool = False
 
     def __str__(self) -> str:
         again = "duplicates" if self.duplicates else "no duplicates"
-        return f"{self.delivery}, {self.processes} process(es), {again}"
+        apart = " apart" if self.apart else ""
+        return f"{self.delivery}, {self.processes} process(es){apart}, {again}"
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,23 @@ class Flow:
     running: dict[int, _Process] = field(default_factory=dict)
     logs: list[Path] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
+    apart: bool = False
+
+    @property
+    def stores(self) -> list[Path]:
+        """Return the directories with the parts of the recovery store."""
+        if not self.apart:
+            return [self.recovery]
+        return [self.recovery.with_name(f"{self.recovery.name}-{n}") for n in range(self.count)]
 
     def start(self, hold: str = "", at: Sequence[int] = ()) -> None:
         """Start the processes that do not run; those of `at` will hold at the point ``hold``."""
         self.lives += 1
         if not self.running:  # one that waits for the others knows their old addresses
             self.ports = [_free_port() for _ in range(self.count)]
+            if self.apart:
+                for number, store in enumerate(self.stores):
+                    split(store, number, self.count, 2 * self.count + 1)
         for number in range(self.count):
             if number not in self.running:
                 self.running[number] = self._launch(number, hold if number in at else "")
@@ -200,11 +215,15 @@ class Flow:
         clean = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
         clean.pop("SETTINGS_FILE", None)
         command = [sys.executable, "-m", "bytewax.run", "tests.chaos.instrumented"]
-        command += ["-r", str(self.recovery), "-s", "1", "-b", "0"]
+        command += ["-r", str(self.stores[number if self.apart else 0]), "-s", "1", "-b", "0"]
         if self.count > 1:
-            addresses = ";".join(f"127.0.0.1:{port}" for port in self.ports)
+            # Apart, each meets the others at one port of an address of its own.
+            hosts = [f"127.0.0.{n + 1 if self.apart else 1}" for n in range(self.count)]
+            pairs = zip(hosts, self.ports, strict=True)
+            addresses = ";".join(f"{host}:{port}" for host, port in pairs)
             command += ["-i", str(number), "-a", addresses]
-        own = {"CHAOS_HOLD": hold, "CHAOS_HOLD_FILE": str(file), "LOG_FORMAT": "json"}
+        meet = {"PEERS_PORT": str(self.ports[0] + 1)} if self.apart else {}
+        own = meet | {"CHAOS_HOLD": hold, "CHAOS_HOLD_FILE": str(file), "LOG_FORMAT": "json"}
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 command,
@@ -307,7 +326,13 @@ class Run:
         alone = setting.processes == 1
         plain = events(assets, 12 if alone else 6, HOUR_MS if alone else LATENESS_MS)
         items = with_trouble(plain, rng, duplicates=setting.duplicates)
-        self.flow = Flow(self.variables, directory, directory / "recovery", setting.processes)
+        self.flow = Flow(
+            self.variables,
+            directory,
+            directory / "recovery",
+            setting.processes,
+            apart=setting.apart,
+        )
         self.reader = Reader(servers, self.topics.values())
         self.load = Load(servers, self.topics, items, RATES[setting.processes])
         self.load.start()
@@ -337,7 +362,7 @@ class Run:
         """Note where this life goes on reading, and where its outputs begin: the ends before it was
         started, for it may have written before they could be asked for."""
         self._newest.append(self.load.stream_time)
-        self.lives.append(check.Life(resume_offsets(self.flow.recovery), ends))
+        self.lives.append(check.Life(resume_offsets(*self.flow.stores), ends))
 
     def start(self, hold: str = "", at: Sequence[int] = ()) -> None:
         """Start a life."""
@@ -404,7 +429,7 @@ class Run:
         sent = self.load.stop()
         late: list[str] = []
         try:
-            self.await_durable(self.flow.recovery, self.flow)
+            self.await_durable(self.flow.stores, self.flow)
         except Broken as error:
             late.append(str(error))
         logs = [process.log for process in self.flow.running.values()]
@@ -417,12 +442,12 @@ class Run:
         verdict.violations += self._unbalanced(logs)
         return verdict
 
-    def await_durable(self, store: Path, flow: Flow) -> None:
+    def await_durable(self, stores: Sequence[Path], flow: Flow) -> None:
         """Wait until a flow has stored that all that was sent is done."""
         ends = self.reader.ends(self.topics[name] for name in INPUTS)
         wanted = {place: end for place, end in ends.items() if end}
         deadline = time.monotonic() + _COMPLETE_S
-        while not all(resume_offsets(store).get(place) == end for place, end in wanted.items()):
+        while not all(resume_offsets(*stores).get(place) == end for place, end in wanted.items()):
             if time.monotonic() > deadline:
                 raise Broken(f"not all was read within {_COMPLETE_S:g} s")
             flow.live(0.2)

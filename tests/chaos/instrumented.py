@@ -156,7 +156,7 @@ def flow() -> Dataflow:
     if "tail_scan" in _off:
         _take_away_tail_scan()
     if "discard" in _off:
-        recovery.discard_open_epoch = lambda directory, delivery: 0
+        recovery.discard_open_epoch = lambda *_: 0
     if os.environ.get("CHAOS_DRAIN"):
         source.request_drain()
     if "pending" in _off:

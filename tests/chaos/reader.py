@@ -5,8 +5,8 @@ from __future__ import annotations
 import pickle
 import sqlite3
 import time
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,28 +94,33 @@ class Reader:
         self._consumer.close()
 
 
-def resume_offsets(store: Path) -> dict[Place, int]:
+def resume_offsets(*stores: Path) -> dict[Place, int]:
     """Return where a flow on this recovery store goes on reading, by input partition.
 
-    As Bytewax 0.21.1 reckons it: the newest snapshots from before the first epoch that is not
-    stored by every worker of the last execution.
+    `stores`: the directories that its parts are in. As Bytewax 0.21.1 reckons it: the newest
+    snapshots from before the first epoch that is not stored by every worker of the last execution.
     """
+    parts = [part for store in stores for part in store.glob("part-*.sqlite3")]
+    executions: dict[int, tuple[int, int]] = {}
+    fronts: dict[tuple[int, int], int] = {}
+    for part in parts:
+        with _read(part) as opened:
+            for number, workers, began in opened.execute(
+                "SELECT ex_num, worker_count, resume_epoch FROM exs"
+            ):
+                executions[number] = workers, began
+            for number, worker, front in opened.execute(
+                "SELECT ex_num, worker_index, worker_frontier FROM fronts"
+            ):
+                fronts[number, worker] = front
+    if not executions:
+        return {}
+    last = max(executions)
+    workers, began = executions[last]
+    epoch = min(fronts.get((last, worker), began) for worker in range(workers))
     offsets: dict[Place, int] = {}
-    for part in store.glob("part-*.sqlite3"):
-        with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as opened:
-            opened.execute("BEGIN")
-            last = opened.execute(
-                "SELECT ex_num, worker_count, resume_epoch FROM exs ORDER BY ex_num DESC LIMIT 1"
-            ).fetchone()
-            if last is None:
-                continue
-            number, workers, began = last
-            fronts = dict(
-                opened.execute(
-                    "SELECT worker_index, worker_frontier FROM fronts WHERE ex_num = ?", (number,)
-                )
-            )
-            epoch = min(fronts.get(worker, began) for worker in range(workers))
+    for part in parts:
+        with _read(part) as opened:
             for key, change in opened.execute(
                 "SELECT state_key, ser_change FROM snaps JOIN (SELECT step_id, state_key, "
                 "MAX(snap_epoch) AS snap_epoch FROM snaps WHERE snap_epoch < ? AND "
@@ -126,3 +131,10 @@ def resume_offsets(store: Path) -> dict[Place, int]:
                 topic, _, partition = key.rpartition("/")
                 offsets[topic, int(partition)] = pickle.loads(change)
     return offsets
+
+
+@contextmanager
+def _read(part: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as opened:
+        opened.execute("BEGIN")
+        yield opened

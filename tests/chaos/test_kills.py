@@ -44,6 +44,10 @@ def make_run(assets: Assets, tmp_path: Path) -> Iterator[MakeRun]:
             Setting("at_least_once", 2),
             ("startup", "written", "committed", "draining_before", "random"),
         ),
+        (
+            Setting("exactly_once", 2, apart=True),
+            ("transaction", "committed", "snapshot", "tail_scan", "draining_before", "random"),
+        ),
     ],
     ids=str,
 )
@@ -85,7 +89,7 @@ def test_a_tail_outlives_an_epoch(make_run: MakeRun, off: str) -> None:
     run.kill(Kill("committed", nth=11, victim=0, all=False, after_s=0, early=False))
     run.flow.variables = variables
     # That it was a part is what this test is about.
-    done = sum(resume_offsets(run.flow.recovery).values())
+    done = sum(resume_offsets(*run.flow.stores).values())
     assert 0 < done < lost, "another share of the backlog than meant: see the load"
     violations = run.finish().violations
     assert any("doubled" in each for each in violations) if off else violations == []
@@ -153,7 +157,7 @@ def zombie_goes_on(run: Run) -> tuple[Verdict, str]:
             other.start()
             other.await_reading()
             sent = run.load.stop()
-            run.await_durable(copy, other)
+            run.await_durable([copy], other)
             # All is done. Now the first one wakes up, and commits what it had written.
             process.hold.with_name(process.hold.name + ".release").touch()
             process.popen.send_signal(signal.SIGCONT)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflows.parts import move, split
 from dataflows.settings import Settings
 from features import profiles
 from features.fraud import FRAUD
@@ -39,14 +40,26 @@ ROOT = Path(__file__).parents[2]
 
 
 class Cluster:
-    """Processes of `python -m bytewax.run MODULE` on one recovery directory: one life."""
+    """Processes of `python -m bytewax.run MODULE` on one recovery directory: one life.
+
+    Or `apart`, each on a directory of its own: ``recovery/0`` …
+    """
 
     def __init__(
-        self, module: str, variables: Mapping[str, str], recovery: Path, processes: int
+        self,
+        module: str,
+        variables: Mapping[str, str],
+        recovery: Path,
+        processes: int,
+        apart: bool = False,
     ) -> None:
         clean = {k: v for k, v in os.environ.items() if k.lower() not in Settings.model_fields}
         clean.pop("SETTINGS_FILE", None)
-        addresses = ";".join(f"127.0.0.1:{_free_port()}" for _ in range(processes))
+        # Apart, each meets the others at one port of an address of its own.
+        hosts = [f"127.0.0.{n + 1 if apart else 1}" for n in range(processes)]
+        addresses = ";".join(f"{host}:{_free_port()}" for host in hosts)
+        if apart:
+            variables = {**variables, "PEERS_PORT": str(_free_port())}
         self.logs = [
             recovery.with_name(f"{recovery.name}_{time.monotonic_ns()}_{number}.log")
             for number in range(processes)
@@ -54,7 +67,8 @@ class Cluster:
         self.processes: list[subprocess.Popen[bytes]] = []
         for number, log in enumerate(self.logs):
             command = [sys.executable, "-m", "bytewax.run", module]
-            command += ["-r", str(recovery), "-s", "1", "-b", "0"]
+            directory = recovery / str(number) if apart else recovery
+            command += ["-r", str(directory), "-s", "1", "-b", "0"]
             if processes > 1:
                 command += ["-i", str(number), "-a", addresses]
             with log.open("wb") as output:
@@ -111,15 +125,17 @@ class Cluster:
 
 
 #: Starts a cluster that ends with the test.
-Start = Callable[[str, Mapping[str, str], Path, int], Cluster]
+Start = Callable[..., Cluster]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     started: list[Cluster] = []
 
-    def launch(module: str, variables: Mapping[str, str], recovery: Path, n: int) -> Cluster:
-        started.append(Cluster(module, variables, recovery, n))
+    def launch(
+        module: str, variables: Mapping[str, str], recovery: Path, n: int, apart: bool = False
+    ) -> Cluster:
+        started.append(Cluster(module, variables, recovery, n, apart))
         return started[-1]
 
     yield launch
@@ -134,9 +150,12 @@ def start() -> Iterator[Start]:
 MARGIN_MS = 6 * HOUR_MS
 #: Processes of each life, and which of them is told to drain.
 LIVES = ((1, 0), (3, 2), (2, 0), (1, 0))
+LIVES_APART = ((2, 1), (3, 2), (1, 0), (2, 0))
+PARTS = 5
 OUTPUTS = ("predictions", "audit", "dead_letters")
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one directory", "apart"])
 def test_rescaling_loses_doubles_and_changes_nothing(
     kafka: TestBroker,
     handbook_dir: Path,
@@ -144,8 +163,11 @@ def test_rescaling_loses_doubles_and_changes_nothing(
     flow_env: FlowEnv,  # noqa: F811
     tmp_path: Path,
     start: Start,
+    apart: bool,
 ) -> None:
     """1 process, drained, 3, drained, 2: as one uninterrupted process, and as the replay.
+
+    `apart`, each process has a directory of its own, and the parts of the store move in between.
 
     A day of the handbook. Processes may be `MARGIN_MS` apart in stream time, so a transaction may
     overtake a report that comes later than that before the deadline of seven days. Such reports,
@@ -162,22 +184,30 @@ def test_rescaling_loses_doubles_and_changes_nothing(
         "STATE_DIR": str(state),
         "FEAST_REPO": str(feast),
     }
-    parts = np.array_split(np.arange(len(sent)), 2 * len(LIVES))
+    lives = LIVES_APART if apart else LIVES
+    parts = np.array_split(np.arange(len(sent)), 2 * len(lives))
     account: Counter[str] = Counter()
-    for life, (processes, signalled) in enumerate(LIVES):
+    directories = [tmp_path / "recovery" / str(n) for n in range(3)]
+    for life, (processes, signalled) in enumerate(lives):
+        if apart and life == 0:
+            directories[0].parent.mkdir()
+            for number in range(processes):
+                split(directories[number], number, processes, PARTS)
+        elif apart:
+            move(directories, processes)
         down, running = parts[2 * life : 2 * life + 2]
         produce(flow_env, [sent[n] for n in down])
         variables = {**flow_env.variables, "BATCH_SIZE": "50"}
-        cluster = start("dataflows.fraud", variables, tmp_path / "recovery", processes)
+        cluster = start("dataflows.fraud", variables, tmp_path / "recovery", processes, apart)
         cluster.await_reading(PARTITIONS["transactions"] + PARTITIONS["fraud_reports"])
         for few in np.array_split(running, 5):
             produce(flow_env, [sent[n] for n in few])
-        wanted = len(sent) if life == len(LIVES) - 1 else down[len(down) // 2]
+        wanted = len(sent) if life == len(lives) - 1 else down[len(down) // 2]
         await_that(lambda n=wanted: progress(flow_env) >= n, f"{wanted} events are read", 90)  # type: ignore[misc]
         assert cluster.drain(signalled) == [0] * processes, cluster.said()
         assert "Traceback" not in cluster.said()
         # One process keeps a journal; the cluster after it puts that into the shards.
-        assert ("the journal is folded" in cluster.said()) == (life == 1)
+        assert ("the journal is folded" in cluster.said()) == (life == 1 and not apart)
         account += balance(cluster, flow_env.topics["transactions"])
         print(f"{cluster.reading()} of {processes} read, to {progress(flow_env)} of {len(sent)}")
     assert account["read"] == account["scored"] == len(ids)

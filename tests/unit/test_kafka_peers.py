@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dataflows.kafka import source as module
-from dataflows.kafka.peers import Peers
+from dataflows.kafka.peers import Peers, SharedDirectory
 from dataflows.kafka.source import KafkaSource
 from tests.unit.test_kafka_source import TOPICS, Broker, FakeConsumer, value
 
@@ -69,7 +69,10 @@ def run(broker: Broker, rng: random.Random, directory: Path, **options: Any) -> 
     """Run a cluster until everything has been emitted; return its workers."""
     names = [f"{topic}/{n:05d}" for topic, count in PARTITIONS.items() for n in range(count)]
     processes = rng.randint(2, 4)
-    peers = [Peers(directory, n, processes, lambda _: True) for n in range(processes)]
+    peers = [
+        Peers(SharedDirectory(directory, n, processes, lambda _: True), n, processes)
+        for n in range(processes)
+    ]
     assert all(each.shared() for each in peers)
     rng.shuffle(names)
     owners = [rng.randrange(processes) for _ in names]

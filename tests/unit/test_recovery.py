@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflows import recovery, state
-from dataflows.kafka.peers import Peers
+from dataflows.kafka.peers import Peers, SharedDirectory
 from dataflows.kafka.topics import part_name
 from dataflows.recovery import Manifest, RecoveryError, Snapshot, Store
 from dataflows.steps.windows import Shards
@@ -603,7 +603,7 @@ def test_show_refuses_what_is_no_store(tmp_path: Path, capsys: pytest.CaptureFix
 def test_peers_stop_after_the_last_epoch_of_all(tmp_path: Path) -> None:
     (tmp_path / ".process-0.json").write_bytes(b'{"draining": true}')  # of an earlier life
     alive = [True, True, True]
-    a, b, idle = (Peers(tmp_path, n, 3, alive.__getitem__) for n in range(3))
+    a, b, idle = (Peers(SharedDirectory(tmp_path, n, 3, alive.__getitem__), n, 3) for n in range(3))
     assert a.shared() and a.draining() == []
     a.reads("t/0")
     b.reads("t/1")
