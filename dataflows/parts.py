@@ -86,9 +86,8 @@ def move(directories: Sequence[Path], processes: int) -> dict[int, Path]:
     counts = set()
     for directory in directories:
         recovery.make_private(directory)
-        for number in range(len(directories) + processes):
-            if recovery.is_held(directory, number):
-                raise RecoveryError(f"a process of the flow runs in {directory}: drain it first")
+        if recovery.held_by(directory) is not None:
+            raise RecoveryError(f"a process of the flow runs in {directory}: drain it first")
         for path in recovery.parts_of(directory):
             ((index, count),) = recovery.progress([path]).parts
             held.setdefault(index, []).append(path)

@@ -425,6 +425,15 @@ def is_held(directory: Path, process: int) -> bool:
     return False
 
 
+def held_by(directory: Path) -> int | None:
+    """Return the id of a process that holds the directory; None: nobody does."""
+    for path in sorted(directory.glob(".process-*.lock")):
+        number = path.name.removeprefix(".process-").removesuffix(".lock")
+        if number.isdecimal() and is_held(directory, int(number)):
+            return int(number)
+    return None
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,7 +1,15 @@
-"""Show what a recovery store holds: ``python -m dataflows.state show DIR [--json]``.
+"""Look at a recovery store, or take the window state out of it.
 
-Reads only, also while the flow runs. What it shows is what a flow would resume with now: of every
-key the newest snapshot from before the first epoch that is not durable on all workers.
+    python -m dataflows.state show DIR [--json]
+    python -m dataflows.state export DIR [DIR …] --out STATE [--shards N]
+
+``show`` reads only, also while the flow runs. What it shows is what a flow would resume with now:
+of every key the newest snapshot from before the first epoch that is not durable on all workers.
+
+``export`` writes the windows of a drained flow as a state directory, for another number of shards
+if need be; a flow with a new recovery directory starts from it (STATE_DIR), and goes on where the
+drained one stopped, by the offsets of GROUP_ID (START_AT=latest). Name the directories of all
+processes. What is not taken along: the ids that DEDUPE remembers.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +28,11 @@ from rich.table import Table
 from dataflows import recovery
 from dataflows.recovery import RecoveryError, Snapshot
 from features import journal
+from features.fraud import CARD, FRAUD, SOURCES, TERMINAL
 from features.seen import SeenIds
+from features.state_dir import FORMAT as STATE_FORMAT
+from features.state_dir import StateError, StateManifest, write_state
+from features.windows import Layout, WindowShards, WindowState, reshard
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -110,6 +122,64 @@ def _described(value: Any) -> Mapping[str, Any]:
     return {}
 
 
+def export(directories: Sequence[Path], out: Path, shards: int | None = None) -> StateManifest:
+    """Write the windows that a drained flow would resume with as a state directory.
+
+    Args:
+        directories: of all processes, together with every part of the store.
+        out: the state directory, replaced if it is one.
+        shards: their number from now on; None: as before.
+
+    Raises:
+        RecoveryError: The store is not whole, or not this version's, or in use, or the flow was
+            killed: what it published of its last epoch would come twice.
+        StateError: `out` holds something else.
+    """
+    parts = [part for directory in directories for part in recovery.parts_of(directory)]
+    names = ", ".join(map(str, directories))
+    if not parts:
+        raise RecoveryError(f"{names}: no recovery store (no part-*.sqlite3)")
+    whole = recovery.progress(parts)
+    if not whole.is_whole:
+        raise RecoveryError(f"{names}: these are not all parts of the store; name all directories")
+    for directory in directories:
+        if recovery.held_by(directory) is not None:
+            raise RecoveryError(f"a process of the flow runs in {directory}: drain it first")
+    epoch = whole.resume_epoch
+    if any(found.epoch >= epoch for found in recovery.snapshots(parts)):
+        raise RecoveryError(
+            f"{names}: the flow was killed in epoch {epoch}. Start it once more and drain it "
+            "(SIGTERM), so that nothing of that epoch is published twice"
+        )
+    states: dict[str, dict[int, bytes]] = {}
+    clock = 0
+    for view in (CARD, TERMINAL):
+        bases: list[journal.Base] = []
+        pages: list[journal.Page] = []
+        for found in recovery.snapshots(parts, before=epoch, step_id=f"fraud.{view.name}.state"):
+            if found.change is not None:
+                value = recovery.value_of(found)
+                (bases if value[0] == "base" else pages).append(value)
+        if not bases:
+            raise RecoveryError(f"{names}: no windows of the view {view.name!r} are stored")
+        before = WindowState.describe(bases[0][-1])["shards"]
+        try:
+            held = WindowShards(Layout.of(view, SOURCES, before))
+            journal.resume(held, bases, pages)
+        except ValueError as error:
+            raise RecoveryError(f"{names}: {error}") from None
+        every = [held[shard] for shard in range(before)]
+        clock = max(clock, *(state.clock for state in every))
+        if shards not in (None, before):
+            every = reshard(every, Layout.of(view, SOURCES, shards))
+        states[view.name] = {n: s.snapshot() for n, s in enumerate(every) if s.entities}
+    manifest = StateManifest(
+        STATE_FORMAT, FRAUD.name, FRAUD.schema_hash, shards or before, clock + 1, {}
+    )
+    write_state(out, manifest, states)
+    return manifest
+
+
 def _show(report: Report, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("step")
@@ -160,6 +230,22 @@ def _age(seconds: int) -> str:
     return f"{seconds} s"
 
 
+def _export(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    if given.shards is not None and not 1 <= given.shards <= 999:
+        parser.error(f"--shards {given.shards}: accepted: [1, 999]")
+    try:
+        manifest = export(given.directories, given.out, given.shards)
+    except (RecoveryError, StateError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(
+        f"{given.out}: the windows as of stream time {manifest.until - 1}. Start the flow with a "
+        f"new recovery directory, STATE_DIR={given.out} SHARDS={manifest.shards} START_AT=latest, "
+        "and the same GROUP_ID"
+    )
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m dataflows.state", description=__doc__)
@@ -167,7 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
     show = commands.add_parser("show", help="list steps, shards and partitions")
     show.add_argument("directory", type=Path, help="the directory given to the flow by -r")
     show.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    taken = commands.add_parser("export", help="write the window state of a drained flow")
+    taken.add_argument("directories", type=Path, nargs="+", help="of all processes of the flow")
+    taken.add_argument("--out", type=Path, required=True, help="state directory to write")
+    taken.add_argument("--shards", type=int, help="SHARDS from now on (as before)")
     given = parser.parse_args(arguments)
+    if given.command == "export":
+        return _export(parser, given)
     try:
         report = read(given.directory, time.time())
     except RecoveryError as error:

@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 from features.batch import EventBatch
 from features.declare import At, FeatureView, milliseconds
 from features.events import Event
-from features.keys import find, hash_of, key_bytes, occupy
+from features.keys import find, hash_of, key_bytes, occupy, shards_of
 from features.packed import Format
 
 Int = npt.NDArray[np.int64]
@@ -1073,3 +1073,34 @@ class WindowShards:
                 state._widen(width)
                 _replace(self._arrays, shard, state._arrays)
         self._key_width = min(state._arrays.keys.shape[1] for state in self._states)
+
+
+def reshard(states: Sequence[WindowState], layout: Layout) -> list[WindowState]:
+    """Spread the entities of a view's shards over another number of shards, `layout.shards`.
+
+    `states` are all shards, of one layout that differs from `layout` in the number only. Features
+    of events within the allowed lateness are the same from either. All new shards have the newest
+    clock of the old ones. O(entries); needs memory for all of them twice.
+    """
+    live = [state._live() for state in states]
+    width = max(8, *(keys.shape[1] for keys, *_ in live))
+    keys = np.concatenate(
+        [np.pad(found, ((0, 0), (0, width - found.shape[1]))) for found, *_ in live]
+    )
+    newest = np.concatenate([found[1] for found in live])
+    lengths = np.concatenate([found[2] for found in live])
+    times, values, peaks = (np.concatenate([found[n] for found in live], -1) for n in (3, 4, 5))
+    ends = np.cumsum(lengths.sum(axis=1))
+    begins = ends - lengths.sum(axis=1)
+    shard_of = shards_of(np.ascontiguousarray(keys).view(f"S{width}")[:, 0], layout.shards)
+    clock = max(state.clock for state in states)
+    spread = []
+    for shard in range(layout.shards):
+        mine = np.flatnonzero(shard_of == shard)
+        ranges = [np.arange(begins[e], ends[e]) for e in mine.tolist()]
+        entries = np.concatenate([np.empty(0, np.int64), *ranges])
+        state = WindowState(layout)
+        columns = (keys[mine], newest[mine], lengths[mine])
+        state._fill(*columns, times[entries], values[:, entries], peaks[:, entries], clock=clock)
+        spread.append(state)
+    return spread

@@ -17,6 +17,7 @@ import pytest
 
 from dataflows.parts import move, split
 from dataflows.settings import Settings
+from dataflows.state import export
 from features import profiles
 from features.fraud import FRAUD
 from tests.chaos import check
@@ -152,10 +153,12 @@ MARGIN_MS = 6 * HOUR_MS
 LIVES = ((1, 0), (3, 2), (2, 0), (1, 0))
 LIVES_APART = ((2, 1), (3, 2), (1, 0), (2, 0))
 PARTS = 5
+#: Of the lives that begin with the exported state of the one before; the first is of STATE_DIR.
+SHARDS = (32, 7, 40, 32)
 OUTPUTS = ("predictions", "audit", "dead_letters")
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one directory", "apart"])
+@pytest.mark.parametrize("how", ["one directory", "apart", "exported"])
 def test_rescaling_loses_doubles_and_changes_nothing(
     kafka: TestBroker,
     handbook_dir: Path,
@@ -163,11 +166,13 @@ def test_rescaling_loses_doubles_and_changes_nothing(
     flow_env: FlowEnv,  # noqa: F811
     tmp_path: Path,
     start: Start,
-    apart: bool,
+    how: str,
 ) -> None:
     """1 process, drained, 3, drained, 2: as one uninterrupted process, and as the replay.
 
-    `apart`, each process has a directory of its own, and the parts of the store move in between.
+    *apart*: each process has a directory of its own, and the parts of the store move in between.
+    *exported*: each life has a new recovery store, another number of shards, and begins with what
+    was exported of the life before.
 
     A day of the handbook. Processes may be `MARGIN_MS` apart in stream time, so a transaction may
     overtake a report that comes later than that before the deadline of seven days. Such reports,
@@ -184,6 +189,7 @@ def test_rescaling_loses_doubles_and_changes_nothing(
         "STATE_DIR": str(state),
         "FEAST_REPO": str(feast),
     }
+    apart, exported = how == "apart", how == "exported"
     lives = LIVES_APART if apart else LIVES
     parts = np.array_split(np.arange(len(sent)), 2 * len(lives))
     account: Counter[str] = Counter()
@@ -195,10 +201,19 @@ def test_rescaling_loses_doubles_and_changes_nothing(
                 split(directories[number], number, processes, PARTS)
         elif apart:
             move(directories, processes)
+        elif exported and life > 0:
+            state_dir = tmp_path / f"state_{life}"
+            export([tmp_path / f"recovery_{life - 1}"], state_dir, SHARDS[life])
+            flow_env.variables |= {
+                "STATE_DIR": str(state_dir),
+                "SHARDS": str(SHARDS[life]),
+                "START_AT": "latest",
+            }
         down, running = parts[2 * life : 2 * life + 2]
         produce(flow_env, [sent[n] for n in down])
         variables = {**flow_env.variables, "BATCH_SIZE": "50"}
-        cluster = start("dataflows.fraud", variables, tmp_path / "recovery", processes, apart)
+        recovery = tmp_path / (f"recovery_{life}" if exported else "recovery")
+        cluster = start("dataflows.fraud", variables, recovery, processes, apart)
         cluster.await_reading(PARTITIONS["transactions"] + PARTITIONS["fraud_reports"])
         for few in np.array_split(running, 5):
             produce(flow_env, [sent[n] for n in few])
@@ -207,7 +222,7 @@ def test_rescaling_loses_doubles_and_changes_nothing(
         assert cluster.drain(signalled) == [0] * processes, cluster.said()
         assert "Traceback" not in cluster.said()
         # One process keeps a journal; the cluster after it puts that into the shards.
-        assert ("the journal is folded" in cluster.said()) == (life == 1 and not apart)
+        assert ("the journal is folded" in cluster.said()) == (how == "one directory" and life == 1)
         account += balance(cluster, flow_env.topics["transactions"])
         print(f"{cluster.reading()} of {processes} read, to {progress(flow_env)} of {len(sent)}")
     assert account["read"] == account["scored"] == len(ids)
@@ -218,6 +233,7 @@ def test_rescaling_loses_doubles_and_changes_nothing(
     outputs = {name: kafka.topic(f"single_{name}", PARTITIONS[name]) for name in OUTPUTS}
     flow_env.variables |= {f"{name.upper()}_TOPIC": topic for name, topic in outputs.items()}
     flow_env.variables["GROUP_ID"] += "_single"
+    flow_env.variables |= {"STATE_DIR": str(state), "SHARDS": "32", "START_AT": "earliest"}
     single = start("dataflows.fraud", flow_env.variables, tmp_path / "single", 1)
     await_that(lambda: progress(flow_env) == len(sent), "all events are read", 120)
     assert single.drain(0) == [0], single.said()

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -595,6 +596,31 @@ def test_show_refuses_what_is_no_store(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "part-0.sqlite3").write_bytes(b"x" * 5000)
     assert state.main(["show", str(tmp_path)]) == 2
     assert "cannot be read as a recovery store" in capsys.readouterr().err
+
+
+# Export (what it gives, on Kafka: tests/integration/test_cluster.py)
+
+
+def test_export_refuses_what_would_not_be_exact(
+    filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[..., Store]
+) -> None:
+    def said(*arguments: object) -> str:
+        command = ["export", *map(str, arguments), "--out", str(tmp_path / "state")]
+        assert state.main(command) == 2
+        assert not (tmp_path / "state").exists()
+        return capsys.readouterr().err
+
+    assert "drain it first" in said(filled)
+    copy = tmp_path / "copy"
+    shutil.copytree(filled, copy)  # the lock's holder is another file's
+    assert "was killed in epoch 5" in said(copy)
+    with closing(sqlite3.connect(copy / "part-0.sqlite3")) as part, part:
+        part.execute("DELETE FROM snaps WHERE snap_epoch >= 5")
+    assert "no windows of the view 'terminal' are stored" in said(copy)
+    with closing(sqlite3.connect(copy / "part-0.sqlite3")) as part, part:
+        part.execute("UPDATE parts SET part_count = 2")
+    assert "name all directories" in said(copy)
+    assert "no recovery store" in said(tmp_path / "none")
 
 
 # Peers

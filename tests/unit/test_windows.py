@@ -28,6 +28,7 @@ from features.windows import (
     WindowShards,
     WindowState,
     evaluate,
+    reshard,
 )
 from tests.unit.naive_windows import Row, naive_features
 
@@ -186,6 +187,39 @@ def test_shards_processed_in_one_call_do_not_touch_each_other(
     ]
     expected = [next(alone[shard]) for shard in shard_of]
     assert_identical(kernel_features(view, rows, cuts, restarts, shards), expected)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@settings(SETTINGS, max_examples=40)
+@given(
+    rows=ROWS.map(lambda rows: sorted(rows, key=lambda row: row.event_time)),
+    cuts=CUTS,
+    shards=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+)
+def test_entities_spread_anew_give_the_same_answers(
+    name: str, rows: list[Row], cuts: list[int], shards: list[int]
+) -> None:
+    """After each batch, over another number of shards."""
+    view, found = VIEWS[name], []
+    layout = Layout.of(view, SOURCES, shards[0])
+    states = [WindowState(layout) for _ in range(shards[0])]
+    edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
+    for i, (begin, end) in enumerate(pairwise(edges)):
+        batch = batch_of(rows[begin:end])
+        held = WindowShards(layout, states)
+        out = evaluate(layout, held.update(batch, *group_by_shard(batch["shop"], len(held))))
+        found += [
+            {n: float(out[n][j]) for n in view.names} if row.source is view.of else None
+            for j, row in enumerate(rows[begin:end])
+        ]
+        layout = Layout.of(view, SOURCES, shards[i % len(shards)])
+        states = reshard([held[n] for n in range(len(held))], layout)
+        assert all(
+            shards_of(np.array([key]), layout.shards).tolist() == [n]
+            for n, state in enumerate(states)
+            for key in contents(state)
+        )
+    assert_identical(found, naive_features(view, rows))
 
 
 @SETTINGS
