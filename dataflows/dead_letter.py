@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
 
 from confluent_kafka import Consumer
 from rich.console import Console
@@ -29,7 +28,7 @@ from dataflows.kafka.replay import (
     replay,
 )
 from dataflows.kafka.topics import partition_counts
-from dataflows.settings import Settings, SettingsError, load
+from dataflows.settings import Settings, SettingsError, load_for_tools
 
 PREVIEW = 80
 """Characters of a key or value shown; payloads may be long, and private."""
@@ -106,7 +105,8 @@ def _replay(args: argparse.Namespace, settings: Settings, topic: str) -> int:
     start = None
     if args.start:
         with closing(Consumer({**settings.consumer(), "group.id": args.group})) as consumer:
-            partitions = partition_counts(consumer, settings.consumer(), [topic])[topic]
+            known = partition_counts(consumer, settings.consumer(), [topic], role="source")
+        partitions = known[topic]
         start = parse_start(args.start, partitions)
     result = replay(
         topic,
@@ -163,12 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--group", default="dead-letter-replay", help="consumer group that remembers what was sent"
     )
     args = parser.parse_args(arguments)
-    # The flow's settings, without the model and the store, which are not needed here.
-    given: dict[str, object] = {"model_dir": Path(), "feast_repo": Path()}
-    if args.bootstrap_servers:
-        given["kafka_bootstrap_servers"] = args.bootstrap_servers
     try:
-        settings = load(**given)
+        settings = load_for_tools(args.bootstrap_servers)
         topic = args.topic or settings.dead_letters_topic
         if args.command == "replay":
             return _replay(args, settings, topic)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from typing import Any
 
 import msgspec
 import structlog
@@ -19,9 +20,12 @@ from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from dataflows import measure, recovery
+from dataflows.acls import acls
 from dataflows.health import Health, endpoints
+from dataflows.kafka import access
 from dataflows.kafka.client_log import Calm, without_numbers
 from dataflows.kafka.errors import StartupError
+from dataflows.kafka.security import Role, variables
 from dataflows.kafka.sink import PREDICTION_TOO_LARGE, KafkaSink, poll_sinks
 from dataflows.kafka.source import (
     KafkaSource,
@@ -213,7 +217,8 @@ class Runtime:
                 topic,
                 settings.producer(),
                 delivery=settings.delivery,
-                consumer_config=settings.consumer(),
+                consumer_config=settings.tail(),
+                admin_config=settings.admin(),
                 owner=settings.group_id,
                 transaction_s=settings.transaction_s,
                 past_retention=settings.resume_past_retention,
@@ -349,31 +354,42 @@ def _check_kafka(settings: Settings) -> tuple[dict[str, int], dict[str, float]]:
     Returns the number of partitions of each topic; and for how many seconds each input topic keeps
     its records, where the brokers tell.
     """
-    clients = (
-        ("KAFKA_CONSUMER_OPTIONS", Consumer, {**settings.consumer(), "group.id": "startup"}),
-        ("KAFKA_PRODUCER_OPTIONS", Producer, settings.producer()),
+    inputs = [settings.transactions_topic, settings.fraud_reports_topic]
+    outputs = [settings.predictions_topic, settings.dead_letters_topic, settings.audit_topic]
+    config = {"group.id": settings.group_id, **settings.consumer()}
+    clients: tuple[tuple[Role, Callable[..., object], dict[str, Any], list[str]], ...] = (
+        ("source", Consumer, config, inputs),
+        ("sink", Producer, settings.producer(), outputs),
+        ("admin", AdminClient, settings.admin(), []),
     )
-    for variable, make, config in clients:
+    needed = acls(settings)
+    counts: dict[str, int] = {}
+    for role, make, config, topics in clients:
         try:
-            client = make({"log_level": 0, **config})  # the error says it once
-        except (KafkaException, TypeError) as error:
-            # librdkafka's text may repeat a value, which may be a secret.
-            named = re.search(r'property[:]? "([^"]+)"', str(error))
-            what = f" {named[1]!r}" if named else ""
-            raise SettingsError(
-                f"{variable}: librdkafka refuses the setting{what}; see its list of settings"
-            ) from None
-    topics = [
-        settings.transactions_topic,
-        settings.fraud_reports_topic,
-        settings.predictions_topic,
-        settings.dead_letters_topic,
-        settings.audit_topic,
-    ]
-    counts = partition_counts(client, config, topics, timeout_s=settings.startup_timeout_s)
-    admin = AdminClient(config, logger=logging.getLogger("librdkafka"))
-    kept = {topic: retention_s(admin, topic) for topic in topics[:2]}
+            make({"log_level": 0, **config})  # the error says it once
+        except (KafkaException, TypeError, ValueError) as error:
+            raise SettingsError(_refused_setting(role, str(error))) from None
+        timeout_s = settings.startup_timeout_s
+        client = AdminClient(config, logger=logging.getLogger("librdkafka"))
+        partition_counts(client, config, [], timeout_s=timeout_s, role=role)  # lets it in?
+        access.check(needed, role, config, timeout_s=timeout_s)
+        counts |= partition_counts(client, config, topics, timeout_s=timeout_s, role=role)
+    kept = {topic: retention_s(client, topic) for topic in inputs}
     return counts, {topic: seconds for topic, seconds in kept.items() if seconds is not None}
+
+
+def _refused_setting(role: Role, said: str) -> str:
+    """Return what is wrong with a role's librdkafka settings, without repeating a value."""
+    options = "KAFKA_CONSUMER_OPTIONS" if role == "source" else "KAFKA_PRODUCER_OPTIONS"
+    # librdkafka's text may repeat a value, which may be a secret.
+    named = re.search(r'property:? "([^"]+)"', said)
+    if named is None and (file := re.search(r"\b(ssl\.[a-z.]+) failed", said)):
+        return (
+            f"the {role}: librdkafka cannot use what {file[1]} names: see to "
+            f"{variables(file[1].replace('.', '_'), role)}"
+        )
+    what = f" {named[1]!r}" if named else ""
+    return f"{options}: librdkafka refuses the setting{what}; see its list of settings"
 
 
 def _dedupe(settings: Settings) -> Dedupe | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, create_model, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableError
 
+from dataflows.kafka import security
 from features.windows import SHARDS
 
 #: 30 s less than what brokers allow a transaction by default (transaction.max.timeout.ms).
@@ -27,11 +29,18 @@ class SettingsError(ValueError):
     """The configuration is missing something or contradicts itself; each line says what."""
 
 
-class Settings(BaseSettings):
+if TYPE_CHECKING:
+    _Security = BaseSettings
+else:  # `kafka_sasl_username`, …, and the same for each role
+    _Security = create_model("_Security", __base__=BaseSettings, **security.fields())
+
+
+class Settings(_Security):
     """Settings of the fraud flow, read from the environment and an optional file.
 
-    The file is named by ``SETTINGS_FILE`` and holds ``NAME=value`` lines; the environment goes
-    over it.
+    The file is named by ``SETTINGS_FILE`` and holds ``NAME=value`` lines; ``SECRETS_DIR`` names a
+    directory with a file for each variable, such as a mounted Kubernetes secret. The environment
+    goes over both, and the file over the directory.
     """
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
@@ -250,22 +259,39 @@ class Settings(BaseSettings):
         return self.overload_policy != "block" or self.catch_up != "score_all"
 
     def consumer(self) -> dict[str, Any]:
-        """Return the librdkafka settings of everything that reads."""
-        return self._client("kafka_consumer_options")
+        """Return the librdkafka settings of the source: of everything that reads events."""
+        return self._client("source", self._options("kafka_consumer_options"))
 
     def producer(self) -> dict[str, Any]:
-        """Return the librdkafka settings of everything that writes."""
+        """Return the librdkafka settings of the sink: of everything that writes."""
         timeout_ms = round(self.message_timeout_s * 1000)
-        return {"message.timeout.ms": timeout_ms, **self._client("kafka_producer_options")}
+        options = self._options("kafka_producer_options")
+        return {"message.timeout.ms": timeout_ms, **self._client("sink", options)}
 
-    def _client(self, name: str) -> dict[str, Any]:
+    def tail(self) -> dict[str, Any]:
+        """Return the librdkafka settings of the sink where it reads back what was published."""
+        reading = self._options("kafka_consumer_options")
+        own = security.identity(self._options("kafka_producer_options"))
+        return self._client("sink", {**reading, **own})
+
+    def admin(self) -> dict[str, Any]:
+        """Return the librdkafka settings of what asks for topic settings, and creates topics."""
+        return self._client("admin", self._options("kafka_producer_options"))
+
+    def _options(self, name: str) -> dict[str, Any]:
         given: SecretStr = getattr(self, name)
         try:
-            options = msgspec.json.decode(given.get_secret_value(), type=dict[str, Any])
+            return msgspec.json.decode(given.get_secret_value(), type=dict[str, Any])
         except msgspec.MsgspecError as error:
             message = f"{name.upper()} is not a JSON object of librdkafka settings ({error})"
             raise SettingsError(message) from None
-        return {"bootstrap.servers": self.kafka_bootstrap_servers, **options}
+
+    def _client(self, role: security.Role, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            given = security.client_settings(self, role, options)
+        except security.SecurityError as error:
+            raise SettingsError(str(error)) from None
+        return {"bootstrap.servers": self.kafka_bootstrap_servers, **given}
 
 
 def load(**overrides: Any) -> Settings:
@@ -273,12 +299,25 @@ def load(**overrides: Any) -> Settings:
     file = os.environ.get("SETTINGS_FILE") or None
     if file is not None and not Path(file).is_file():
         raise SettingsError(f"SETTINGS_FILE={file}: there is no such file")
+    secrets = os.environ.get("SECRETS_DIR") or None
+    if secrets is not None and not Path(secrets).is_dir():
+        raise SettingsError(f"SECRETS_DIR={secrets}: there is no such directory")
     try:
-        return Settings(_env_file=file, **overrides)  # type: ignore[call-arg]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"SETTINGS_FILE={file} cannot be read: {error}") from None
+        return Settings(_env_file=file, _secrets_dir=secrets, **overrides)  # type: ignore[call-arg]
+    except (OSError, UnicodeDecodeError, UnreadableError) as error:
+        named = {"SETTINGS_FILE": file, "SECRETS_DIR": secrets}
+        given = " or ".join(f"{name}={path}" for name, path in named.items() if path)
+        raise SettingsError(f"{given} cannot be read: {error.__cause__ or error}") from None
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
+
+
+def load_for_tools(bootstrap_servers: str | None = None) -> Settings:
+    """Read the settings as `load` does, but need no model and no store; take these brokers."""
+    given: dict[str, Any] = {"model_dir": Path(), "feast_repo": Path()}
+    if bootstrap_servers:
+        given["kafka_bootstrap_servers"] = bootstrap_servers
+    return load(**given)
 
 
 def _explain(error: ValidationError) -> str:
@@ -292,12 +331,16 @@ def _explain(error: ValidationError) -> str:
         if problem["type"] == "missing":
             lines.append(f"{variable} is not set: {field.description}")
         else:
-            given = "(hidden)" if field.annotation is SecretStr else repr(problem["input"])
+            given = "(hidden)" if _is_secret(variable.lower()) else repr(problem["input"])
             lines.append(
                 f"{variable}={given}: {problem['msg']} – {field.description}; "
                 f"accepted: {_accepted(variable.lower())}"
             )
     return "\n".join(lines)
+
+
+def _is_secret(name: str) -> bool:
+    return Settings.model_fields[name].annotation in (SecretStr, SecretStr | None)
 
 
 def _accepted(name: str) -> str:
@@ -313,7 +356,7 @@ def _accepted(name: str) -> str:
     if low is not None:
         opening = "(" if "exclusiveMinimum" in schema else "["
         return f"{opening}{low:,}, {high:,}]"
-    if field.annotation is SecretStr:
+    if _is_secret(name):
         return "JSON" if name.endswith("_options") else "text"
     if field.annotation is bool:
         return "`true` or `false`"
@@ -321,18 +364,34 @@ def _accepted(name: str) -> str:
 
 
 def table() -> str:
-    """Return all settings as a Markdown table."""
+    """Return all settings as a Markdown table; those of a role are told of in one line."""
     lines = ["| variable | default | accepted | meaning |", "|---|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        if field.is_required():
-            default = "**required**"
-        elif isinstance(field.default, SecretStr):
-            default = f"`{field.default.get_secret_value()}`"
-        else:
-            default = f"`{field.default}`"
-        default = "–" if default in ("`None`", "``") else default
-        lines.append(f"| `{name.upper()}` | {default} | {_accepted(name)} | {field.description} |")
+    shared = [security.field(name) for name in security.SETTINGS]
+    of_roles = {security.field(name, role) for name in security.SETTINGS for role in security.ROLES}
+    for name in Settings.model_fields:
+        if name in of_roles or name in shared:
+            continue
+        lines.append(_row(name))
+        if name == "kafka_producer_options":
+            lines += [_row(each) for each in shared]
+            roles = ", ".join(f"`KAFKA_{role.upper()}_…`" for role in security.ROLES)
+            lines.append(
+                f"| {roles} | – | as above | Any of these {len(shared)} for one role alone, as "
+                "`KAFKA_SINK_SASL_USERNAME`; docs/security.md |"
+            )
     return "\n".join(lines)
+
+
+def _row(name: str) -> str:
+    field = Settings.model_fields[name]
+    if field.is_required():
+        default = "**required**"
+    elif isinstance(field.default, SecretStr):
+        default = f"`{field.default.get_secret_value()}`"
+    else:
+        default = f"`{field.default}`"
+    default = "–" if default in ("`None`", "``") else default
+    return f"| `{name.upper()}` | {default} | {_accepted(name)} | {field.description} |"
 
 
 if __name__ == "__main__":

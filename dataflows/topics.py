@@ -2,32 +2,30 @@
 
     python -m dataflows.topics create --partitions 8
 
-Names come from the environment as the flow's do (TRANSACTIONS_TOPIC, …; not from SETTINGS_FILE),
-and so does what KAFKA_PRODUCER_OPTIONS says about security. The input topics stamp records with the
+Names, brokers and who asks (the admin: KAFKA_ADMIN_SASL_USERNAME, …) come from the settings, as the
+flow's do. The input topics stamp records with the
 broker's clock (``message.timestamp.type=LogAppendTime``). What exists is left as it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import msgspec
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from dataflows.kafka import access
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.topics import partition_counts
-from dataflows.settings import Settings
+from dataflows.settings import Settings, SettingsError, load_for_tools
 
 _BROKERS_CLOCK = {"message.timestamp.type": "LogAppendTime"}
 _TIMEOUT_S = 30.0
 
 
-def wanted(partitions: int, replicas: int) -> list[NewTopic]:
+def wanted(settings: Settings, partitions: int, replicas: int) -> list[NewTopic]:
     """Return the flow's topics: `partitions` for the two that carry each transaction, fewer else.
 
     `replicas` −1 means the brokers' default.
@@ -42,7 +40,7 @@ def wanted(partitions: int, replicas: int) -> list[NewTopic]:
     }
     return [
         NewTopic(
-            os.environ.get(name.upper()) or Settings.model_fields[name].default,
+            getattr(settings, name),
             count,
             replicas,
             config=config,
@@ -54,7 +52,7 @@ def wanted(partitions: int, replicas: int) -> list[NewTopic]:
 def create(topics: Sequence[NewTopic], admin: AdminClient) -> dict[str, str]:
     """Create topics; return what became of each: ``created`` or ``exists``.
 
-    Raises KafkaException if one can be neither found nor created.
+    Raises StartupError if one can be neither found nor created.
     """
     outcome = {}
     for topic, future in admin.create_topics(list(topics), request_timeout=_TIMEOUT_S).items():
@@ -62,8 +60,14 @@ def create(topics: Sequence[NewTopic], admin: AdminClient) -> dict[str, str]:
             future.result(_TIMEOUT_S)
             outcome[topic] = "created"
         except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise
+            reason = error.args[0]
+            if access.is_refusal(error):
+                raise StartupError(
+                    f"the brokers do not allow the admin to Create topic {topic!r}: grant it; "
+                    "python -m dataflows.acls --for topics lists what is needed"
+                ) from error
+            if reason.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise StartupError(f"{topic} could not be created: {reason.str()}") from error
             outcome[topic] = "exists"
     return outcome
 
@@ -82,29 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--replicas", type=int, default=-1, help="of each partition (-1: the brokers' default)"
     )
-    parser.add_argument(
-        "--bootstrap-servers",
-        default=os.environ.get("KAFKA_BOOTSTRAP_SERVERS"),
-        help="brokers (KAFKA_BOOTSTRAP_SERVERS)",
-    )
+    parser.add_argument("--bootstrap-servers", help="brokers (KAFKA_BOOTSTRAP_SERVERS)")
     options = parser.parse_args(arguments)
-    if not options.bootstrap_servers:
-        parser.error("set KAFKA_BOOTSTRAP_SERVERS or give --bootstrap-servers")
     if options.partitions < 1:
         parser.error("--partitions must be 1 or more")
     try:
-        more = msgspec.json.decode(
-            os.environ.get("KAFKA_PRODUCER_OPTIONS") or "{}", type=dict[str, Any]
-        )
-    except msgspec.MsgspecError:
-        parser.error("KAFKA_PRODUCER_OPTIONS is not a JSON object of librdkafka settings")
-    config = {"bootstrap.servers": options.bootstrap_servers, **more}
-    admin = AdminClient(config)
-    try:
-        partition_counts(admin, config, [], timeout_s=_TIMEOUT_S)
-        for topic, outcome in create(wanted(options.partitions, options.replicas), admin).items():
+        settings = load_for_tools(options.bootstrap_servers)
+        config = settings.admin()
+        admin = AdminClient(config)
+        partition_counts(admin, config, [], timeout_s=_TIMEOUT_S, role="admin")
+        topics = wanted(settings, options.partitions, options.replicas)
+        for topic, outcome in create(topics, admin).items():
             print(f"{topic}: {outcome}")
-    except (StartupError, KafkaException) as error:
+    except (SettingsError, StartupError) as error:
         print(f"dataflows.topics: {error}", file=sys.stderr)
         return 1
     return 0

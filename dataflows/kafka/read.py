@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from dataflows.kafka.dead_letter import read_headers
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, partition_counts
+from dataflows.settings import SettingsError, load_for_tools
 
 
 def read_topic(
@@ -46,7 +46,9 @@ def read_topic(
         }
     )
     try:
-        count = partition_counts(consumer, config, [topic], timeout_s=timeout_s)[topic]
+        count = partition_counts(consumer, config, [topic], timeout_s=timeout_s, role="source")[
+            topic
+        ]
         reading = set(range(count))
         consumer.assign([TopicPartition(topic, partition, 0) for partition in reading])
         while reading:
@@ -56,6 +58,8 @@ def read_topic(
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     reading.discard(message.partition())
+                elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                    pass  # the group is a name that a client has to have
                 elif not error.retriable():
                     raise KafkaException(error)
     finally:
@@ -106,18 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--text", action="store_true", help="text and nested JSON instead of base64, with headers"
     )
-    parser.add_argument(
-        "--bootstrap-servers",
-        default=os.environ.get("KAFKA_BOOTSTRAP_SERVERS"),
-        help="brokers (KAFKA_BOOTSTRAP_SERVERS)",
-    )
+    parser.add_argument("--bootstrap-servers", help="brokers (KAFKA_BOOTSTRAP_SERVERS)")
     options = parser.parse_args(arguments)
-    if not options.bootstrap_servers:
-        parser.error("set KAFKA_BOOTSTRAP_SERVERS or give --bootstrap-servers")
-    more = os.environ.get("KAFKA_CONSUMER_OPTIONS", "{}")
-    config = {"bootstrap.servers": options.bootstrap_servers, **msgspec.json.decode(more)}
     encode = msgspec.json.Encoder().encode
     try:
+        config = load_for_tools(options.bootstrap_servers).consumer()
         for message in read_topic(options.topic, config):
             line = {
                 "topic": message.topic(),
@@ -131,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 else {"key": message.key(), "value": message.value()}
             )
             sys.stdout.buffer.write(encode(line) + b"\n")
-    except (StartupError, KafkaException) as error:
+    except (SettingsError, StartupError, KafkaException) as error:
         print(f"dataflows.kafka.read: {error}", file=sys.stderr)
         return 1
     return 0

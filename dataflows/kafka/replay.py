@@ -229,7 +229,9 @@ def read_dead_letters(
         ReplayError: Reading failed or stopped short of the end.
     """
     with closing(_consumer(config, "dead-letter-reader")) as consumer:
-        count = partition_counts(consumer, config, [topic], timeout_s=timeout_s)[topic]
+        count = partition_counts(consumer, config, [topic], timeout_s=timeout_s, role="source")[
+            topic
+        ]
         for partition in range(count):
             asked = TopicPartition(topic, partition)
             try:
@@ -279,6 +281,8 @@ def _records(
                     return
             elif error.code() == KafkaError._PARTITION_EOF:
                 return
+            elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                pass  # reading needs no group; what is remembered there is asked for by itself
             elif not error.retriable():
                 raise ReplayError(f"reading {topic}/{partition} failed: {error.str()}")
 
@@ -340,7 +344,9 @@ def replay(
         closing(_consumer(consumer_config, group_id)) as memory,
         closing(_consumer(consumer_config, "dead-letter-originals")) as originals,
     ):
-        known = partition_counts(memory, consumer_config, [topic], timeout_s=timeout_s)
+        known = partition_counts(
+            memory, consumer_config, [topic], timeout_s=timeout_s, role="source"
+        )
         progress = _load(memory, topic, known[topic], timeout_s)
         for partition, offset in (start or {}).items():
             if partition in progress:

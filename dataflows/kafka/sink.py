@@ -43,6 +43,7 @@ from dataflows.kafka.errors import StartupError
 from dataflows.kafka.idempotent import IdempotentWriter
 from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.records import OutRecords
+from dataflows.kafka.security import identity
 from dataflows.kafka.tail import MOST_RECORDS, Tail, read_tail
 from dataflows.kafka.topics import (
     STARTUP_TIMEOUT_S,
@@ -92,7 +93,8 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         delivery: the guarantee. ``at_most_once`` writes like ``at_least_once``; it is the source
             that then keeps no offsets.
         consumer_config: librdkafka consumer settings, to read the partitions' tails with; only
-            for ``exactly_once``. None: `config`'s address.
+            for ``exactly_once``. None: `config`'s address and identity.
+        admin_config: librdkafka settings to ask for the topic's limits with. None: `config`.
         owner: prefix of the transactional ids, ``owner/topic/partition``; the same in every life.
         transaction_s: how long a transaction stays open at most, in seconds.
         past_retention: see `read_tail`.
@@ -116,6 +118,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         *,
         delivery: Guarantee = "at_least_once",
         consumer_config: Mapping[str, Any] | None = None,
+        admin_config: Mapping[str, Any] | None = None,
         owner: str = "",
         transaction_s: float = 0.1,
         past_retention: bool = False,
@@ -131,6 +134,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         self._config = dict(config)
         self._delivery = delivery
         self._consumer_config = consumer_config
+        self._admin_config = config if admin_config is None else admin_config
         self._owner = owner
         self._transaction_s = transaction_s
         self._past_retention = past_retention
@@ -155,9 +159,13 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
         return self._partitions
 
     def _look_up(self) -> None:
-        admin = AdminClient(dict(self._config), logger=logging.getLogger("librdkafka"))
+        librdkafka = logging.getLogger("librdkafka")
+        client = AdminClient(dict(self._config), logger=librdkafka)
         timeout_s = self._startup_timeout_s
-        counts = partition_counts(admin, self._config, [self.topic], timeout_s=timeout_s)
+        counts = partition_counts(
+            client, self._config, [self.topic], timeout_s=timeout_s, role="sink"
+        )
+        admin = AdminClient(dict(self._admin_config), logger=librdkafka)
         self._most_bytes = most_record_bytes(admin, self._config, self.topic)
         if self._most_bytes < _LEAST_RECORD_BYTES:
             raise StartupError(
@@ -229,7 +237,7 @@ class KafkaSink(FixedPartitionedSink[OutRecords, SinkState]):
     def _tail(
         self, partition: int, start: int | None, count: int, pending: bytes, *, fenced: bool = True
     ) -> Tail:
-        address = {"bootstrap.servers": self._config["bootstrap.servers"]}
+        address = {"bootstrap.servers": self._config["bootstrap.servers"], **identity(self._config)}
         tail = read_tail(
             self.topic,
             partition,

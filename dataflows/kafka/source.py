@@ -59,6 +59,7 @@ from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import AbortExecution, FixedPartitionedSource, StatefulSourcePartition
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from dataflows.kafka import access
 from dataflows.kafka.errors import FlowError, SourceError, StartupError
 from dataflows.kafka.interleave import NO_TIME, Interleaver
 from dataflows.kafka.peers import Peers
@@ -493,6 +494,7 @@ class _Reader:
             source.config,
             self._codes,
             timeout_s=source.startup_timeout_s,
+            role="source",
         )
         self._counts, self._listed = counts, sum(counts.values())
         return [
@@ -835,7 +837,14 @@ class _Reader:
                 "topic, or start with a new recovery directory and other topics"
             )
         elif error.fatal() or not (error.retriable() or code < 0):
-            raise SourceError(f"reading {name or 'Kafka'} failed: {error.str()} ({error.name()})")
+            if code == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                if self._source.keep_offsets:
+                    self._on_commit(error, [])
+                return  # reading does not need the group
+            raise SourceError(
+                f"reading {name or 'Kafka'} failed: {error.str()} ({error.name()}). "
+                f"{access.not_allowed(error)}".rstrip()
+            )
         else:
             self._log_outage(f"{name}: {error.str()}")
 
@@ -1029,7 +1038,7 @@ class _Reader:
                 "the group %r was not told the offsets: %s. Lag tools show too much; the flow "
                 "itself does not need them",
                 self._source.config["group.id"],
-                error.str(),
+                error.str().rstrip("."),
             )
 
     def _await_commit(self) -> None:

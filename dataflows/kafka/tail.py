@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
+from dataflows.kafka import access
 from dataflows.kafka.errors import StartupError
 from dataflows.kafka.partitioner import partitions_of
 from dataflows.kafka.topics import STARTUP_TIMEOUT_S, watermarks
@@ -302,12 +303,14 @@ def _read(
             elif error.code() == KafkaError._PARTITION_EOF:
                 if (message.offset() or 0) >= end:
                     return
+            elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                pass  # the group is a name that a client has to have
             elif error.code() == KafkaError._AUTO_OFFSET_RESET or (
                 not error.retriable() and error.code() >= 0
             ):
                 raise StartupError(
                     f"reading {begin.topic}/{begin.partition} failed: {error.str()} "
-                    f"({error.name()})"
+                    f"({error.name()}). {access.not_allowed(error)}".rstrip()
                 )
         if time.monotonic() - heard > timeout_s:
             raise StartupError(

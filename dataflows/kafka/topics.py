@@ -12,7 +12,9 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 import dataflows.kafka.client_log  # noqa: F401  (for every client of the flow)
+from dataflows.kafka import access
 from dataflows.kafka.errors import StartupError
+from dataflows.kafka.security import Role
 
 STARTUP_TIMEOUT_S = 30.0
 """Default bound of every look-up at start-up, in seconds."""
@@ -42,28 +44,41 @@ def partition_counts(
     topics: Iterable[str],
     *,
     timeout_s: float = STARTUP_TIMEOUT_S,
+    role: Role | None = None,
 ) -> dict[str, int]:
     """Return the number of partitions of each topic, without creating any.
 
     Args:
         client: a Consumer, Producer or AdminClient.
-        config: its configuration, for the error's address.
+        config: its configuration, to find out why brokers do not answer.
         topics: names; each must exist.
         timeout_s: bound in seconds.
+        role: whose client it is, for the settings that an error names.
 
     Raises:
-        StartupError: No broker answered in time, or a topic does not exist.
+        StartupError: No broker answered in time, or lets us in, or a topic does not exist, or may
+            not be looked at.
     """
     servers = config.get("bootstrap.servers", "")
     deadline, told = time.monotonic() + timeout_s, False
+    who = "" if role is None else f" the {role}"
     while True:
         remaining = max(0.1, deadline - time.monotonic())
         try:
             # All topics, not one: asking for one by name may create it.
-            known = client.list_topics(timeout=min(remaining, _TELL_AFTER_S)).topics
+            found_all = client.list_topics(timeout=min(remaining, _TELL_AFTER_S))
+            known = found_all.topics
             break
         except KafkaException as error:
-            if time.monotonic() >= deadline:
+            look_s = min(access.LOOK_S, max(0.5, deadline - time.monotonic()))
+            trouble = access.why_not(config, role, within_s=look_s)
+            over = time.monotonic() >= deadline
+            if trouble is not None and (trouble.final or over):
+                raise StartupError(
+                    f"no Kafka broker lets{who or ' us'} in at {servers!r}: "
+                    f"{trouble.reason}. {trouble.remedy}"
+                ) from error
+            if over:
                 raise StartupError(
                     f"no Kafka broker answered at {servers!r} within {timeout_s:g} s "
                     f"({error.args[0].str()}): start the broker, or set "
@@ -79,6 +94,14 @@ def partition_counts(
     for topic in topics:
         found = known.get(topic)
         if found is None or not found.partitions:
+            cluster = getattr(found_all, "cluster_id", None) or access.EMBEDDED
+            if not cluster.startswith(access.EMBEDDED) and access.may_not_describe(
+                config, topic, timeout_s
+            ):
+                raise StartupError(
+                    f"the brokers do not allow{who or ' us'} to Describe topic {topic!r}, if there "
+                    f"is one: grant what is needed there; {access.SEE}"
+                )
             others = ", ".join(sorted(name for name in known if not name.startswith("__")))
             raise StartupError(
                 f"topic {topic!r} does not exist at {servers!r} (there are: {others or 'none'}): "
@@ -114,17 +137,26 @@ def retention_s(admin: AdminClient, topic: str, *, timeout_s: float = 10.0) -> f
 def _setting(admin: AdminClient, topic: str, name: str, timeout_s: float) -> str | None:
     """Return a topic's setting; None if the brokers do not tell.
 
-    An ACL on DescribeConfigs may be missing, or they are the embedded one.
+    An ACL on DescribeConfigs may be missing (the log says so), or they are the embedded one.
     """
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
-        if admin.list_topics(topic, timeout=timeout_s).cluster_id.startswith("mockCluster"):
-            return None  # librdkafka's mock never answers the question
+        if access.is_embedded(admin, timeout_s):
+            return None
         asked = admin.describe_configs([resource], request_timeout=timeout_s)
         value = asked[resource].result(timeout_s)[name].value
         return None if value is None else str(value)
     except (KafkaException, KeyError, TimeoutError) as error:
-        _logger.debug("%s of %s is unknown: %s", name, topic, error)
+        if access.is_refusal(error):
+            _logger.warning(
+                "the brokers do not allow the admin to DescribeConfigs of topic %r: its %s is "
+                "unknown; %s",
+                topic,
+                name,
+                access.SEE,
+            )
+        else:
+            _logger.debug("%s of %s is unknown: %s", name, topic, error)
         return None
 
 

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from dataflows.kafka import access
 from dataflows.kafka.errors import DeliveryError
 from dataflows.kafka.records import OutRecords
 from dataflows.kafka.tail import Published, Tail
@@ -383,10 +384,13 @@ class TransactionalWriter:
             )
             with self._changed:
                 self._aborts += 1
+            why = f"failed ({reason.str()}). {access.not_allowed(reason)}"
             try:
-                self._persist(self._producer.abort_transaction, "could not be aborted")
+                self._persist(self._producer.abort_transaction, f"{why}It could not be aborted")
             except KafkaException as error:
-                raise DeliveryError(self._explain(error.args[0], "could not be aborted")) from error
+                raise DeliveryError(
+                    self._explain(error.args[0], f"{why}It could not be aborted")
+                ) from error
             time.sleep(pause_s)
             pause_s *= 2
             self._begin()
@@ -437,6 +441,6 @@ class TransactionalWriter:
                 "lower the one or raise the other"
             )
         return what + (
-            "See to the brokers (the transaction coordinator among them), then restart the flow; "
-            "the open epoch is written again, once"
+            f"{access.not_allowed(reason)}See to the brokers (the transaction coordinator among "
+            "them), then restart the flow; the open epoch is written again, once"
         )

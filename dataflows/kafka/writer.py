@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import KafkaError
 
+from dataflows.kafka import access
 from dataflows.kafka.errors import DeliveryError
 from dataflows.kafka.records import OutRecords
 
@@ -203,8 +204,9 @@ def ages_ms(
 def not_taken(error: KafkaError, topic: str, partition: int, count: int) -> DeliveryError:
     return DeliveryError(
         f"Kafka did not take {count} record(s) for {topic}/{partition}: {error.str()} "
-        f"({error.name()}), after the producer's own retries. See to the brokers and the "
-        "topic, then restart the flow; the open epoch is written again"
+        f"({error.name()}), after the producer's own retries. "
+        f"{access.not_allowed(error)}See to the brokers and the topic, then restart the flow; the "
+        "open epoch is written again"
     )
 
 

@@ -182,7 +182,7 @@ class KafkaCluster:
                     **self._properties(),
                     "node.id": str(broker),
                     "controller.quorum.voters": voters,
-                    "listeners": f"CLIENT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}",
+                    "listeners": self._listeners(port, controller),
                     "log.dirs": str(self.directory / f"broker-{broker}"),
                     **self._config,
                 }
@@ -251,6 +251,9 @@ class KafkaCluster:
             # And a controller that does not answer after 3 s, not 30.
             "controller.socket.timeout.ms": "3000",
         }
+
+    def _listeners(self, port: int, controller: int) -> str:
+        return f"CLIENT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}"
 
     def _properties_file(self, broker: int) -> Path:
         return self.directory / f"broker-{broker}.properties"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from dataflows.kafka import security
 from dataflows.settings import Settings, SettingsError, load, table
 from features.windows import SHARDS
 
@@ -46,6 +47,7 @@ WRONG = {
     "FEAST_CACHE_TTL_S": "0",
     "FEAST_CACHE_ROWS": "0",
     "FEAST_BUDGET_MS": "0",
+    "PEERS_PORT": "65536",
     "RATE_LIMIT": "-1",
     "RATE_BURST": "0",
     "OVERLOAD_POLICY": "panic",
@@ -62,6 +64,8 @@ WRONG = {
 }
 TEXT = {name for name, field in Settings.model_fields.items() if field.annotation is str}
 SECRETS = ("kafka_consumer_options", "kafka_producer_options")
+#: Of TLS and SASL, tests/unit/test_security.py.
+SECURITY = {security.field(n, role) for n in security.SETTINGS for role in (None, *security.ROLES)}
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +135,8 @@ def test_a_wrong_value_is_named_with_what_is_accepted(
 def test_every_variable_that_can_be_wrong_is_tested() -> None:
     paths = {"state_dir", "model_dir", "feast_repo"}
     checked = {name.lower() for name in WRONG}
-    assert checked == Settings.model_fields.keys() - TEXT - paths - {*SECRETS, "page_token"}
+    others = TEXT | paths | SECURITY | {*SECRETS, "page_token"}
+    assert checked == Settings.model_fields.keys() - others
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -235,7 +240,13 @@ def test_every_knob_is_described_with_its_unit() -> None:
 
 def test_the_table_has_every_knob_once() -> None:
     rows = table().splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == [n.upper() for n in Settings.model_fields]
+    told = [row.split("`")[1] for row in rows]
+    of_roles = [name for name in told if name.endswith("_…")]
+    assert of_roles == ["KAFKA_SOURCE_…"]  # and the other roles', on one line
+    names = {name.upper() for name in Settings.model_fields}
+    roles = tuple(f"KAFKA_{role.upper()}_" for role in security.ROLES)
+    assert len(told) == len(set(told))
+    assert set(told) - {*of_roles} == {name for name in names if not name.startswith(roles)}
     assert all(row.count("|") == 5 for row in rows)
     assert [row.split("`")[1] for row in rows if "**required**" in row] == list(REQUIRED)
 
