@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from confluent_kafka import Message
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from dataflows.tracing import Tracing, sampled
+from dataflows import tracing as module
+from dataflows.tracing import MOST_EVENTS, Tracing, sampled
 from features.batch import EventBatch
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -114,3 +117,21 @@ def test_a_prediction_names_the_span_that_made_it(
     assert span.start_time == 1_700_000_000_000 * 1_000_000
     assert span.attributes["messaging.kafka.offset"] == 71
     assert span.attributes["score_mode"] == "cached"
+
+
+def test_a_sender_that_samples_everything_is_followed_in_part(
+    tracing: Tracing, spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 7.0
+    clock = SimpleNamespace(monotonic=lambda: now_s, time_ns=time.time_ns)
+    monkeypatch.setattr(module, "time", clock)
+    every = [SAMPLED] * (MOST_EVENTS - 10)
+    followed = 0
+    for _ in range(3):
+        headers = tracing.headers(batch(*every), ["full"] * len(every))
+        assert headers is not None and all(headers)
+        followed += sum(header != [("traceparent", SAMPLED)] for header in headers)
+    assert followed == MOST_EVENTS
+    now_s = 8.0
+    headers = tracing.headers(batch(SAMPLED), ["full"])
+    assert headers != [[("traceparent", SAMPLED)]]
