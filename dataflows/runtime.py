@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ from features.batch import EventBatch
 from features.events import REASONS, Event, EventDecoder
 from features.fraud import FRAUD, SOURCES, FraudReport, Transaction, at_least
 from features.guarded_reads import GuardedReads
-from features.online_store import OnlineStore, StoreNotReady, StoreUnavailable, freeze_gc
+from features.online_store import OnlineStore, StoreNotReady, freeze_gc
 from features.profiles import PROFILES
 from features.state_dir import StateDir, StateError
 from model.package import DECISIONS, PackageError, Thresholds
@@ -71,7 +72,6 @@ _REMEDIABLE = (
     StartupError,
     StateError,
     StoreNotReady,
-    StoreUnavailable,
 )
 
 #: Log lines that say the same, in half a minute.
@@ -114,6 +114,8 @@ class Runtime:
         On a problem that the operator must solve, say so and exit with 2. Also takes over SIGTERM
         and SIGINT, to drain, and reports the account at exit.
         """
+        # Process 1 of a container hears no SIGTERM until there is a handler; nothing is begun yet.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             settings = load()
             configure_logging(settings)
@@ -178,8 +180,8 @@ class Runtime:
 
         `health` is told how the flow is, `recent` what it flags.
 
-        Raises SettingsError, StateError, PackageError, StoreNotReady, StoreUnavailable or
-        StartupError, each with a remedy.
+        Raises SettingsError, StateError, PackageError, StoreNotReady or StartupError, each with a
+        remedy.
         """
         partitions, kept_s = _check_kafka(settings)
         METRICS.brokers_reachable.set(1)

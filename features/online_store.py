@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ KEYS_PER_READ = 1_000
 STORE_TIMEOUT_S = 1.0
 """How long one read may wait for a connection, a reply, or SQLite's lock. Not how long an event
 waits for a read: see features.guarded_reads."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 class StoreNotReady(RuntimeError):
@@ -126,9 +130,10 @@ class OnlineStore:
         """Open the store of a Feast repository (a directory, or its YAML file) for reading.
 
         `clock` is monotonic seconds; rows are read again `cache_ttl_s` after they were read, and at
-        most `cache_rows` rows per view are kept. Imports Feast (1–2 s). Reads once from every view.
+        most `cache_rows` rows per view are kept. Imports Feast (1–2 s). Reads once from every view;
+        that the store does not answer is logged, and no error: it may be back before it is needed.
         Raises StoreNotReady when the repository, a view, or its data is missing or differs from the
-        declaration, and StoreUnavailable when the store does not answer.
+        declaration.
         """
         if cache_rows < 1 or cache_ttl_s <= 0:
             raise ValueError(f"cache_rows={cache_rows}, cache_ttl_s={cache_ttl_s}: be positive")
@@ -136,7 +141,16 @@ class OnlineStore:
         readers = {view.name: _Reader(feast_store, view, repo) for view in views}
         for reader in readers.values():
             reader.require_rows()
-            reader.read([b""])
+        try:
+            for reader in readers.values():
+                reader.read([b""])
+        except StoreUnavailable as error:
+            _logger.warning(
+                "the online store does not answer (%s): until it does, profiles are missing. See "
+                "that it runs, and that FEAST_REPO=%s names its address",
+                error,
+                repo,
+            )
         return cls(readers, clock=clock, cache_ttl_s=cache_ttl_s, cache_rows=cache_rows)
 
     def lookup(
