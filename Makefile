@@ -83,9 +83,13 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 .PHONY: lock
-lock: ## rewrite requirements.lock from pyproject.toml (needs uv)
-	uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes \
-		--no-emit-index-url --no-header --quiet --upgrade pyproject.toml -o requirements.lock
+lock: COMPILE := uv pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --quiet
+lock: ## rewrite the locks: all, the image's part of it, and of the tools apart (needs uv)
+	$(COMPILE) --upgrade --all-extras pyproject.toml -o requirements.lock
+	$(COMPILE) --constraint requirements.lock pyproject.toml -o requirements-runtime.lock
+	$(COMPILE) --upgrade .ci/sbom.in -o .ci/sbom.lock
+	$(COMPILE) --upgrade tests/deploy/tools.in -o tests/deploy/tools.lock
 
 .PHONY: docs
 docs: $(STAMP) ## rewrite the README's generated tables
