@@ -196,6 +196,7 @@ class Asked:
     """A read as the oracle knows it."""
 
     keys: set[str]
+    due: float
     start: float
     end: float
     #: None: it fails.
@@ -258,7 +259,7 @@ class Oracle:
 
     def turn(self, view: str, keys: set[str], left: float) -> tuple[str | None, set[str], float]:
         """Return how the read went, the keys left without an answer, and the budget left."""
-        waited = None
+        waited, granted = None, False
         self.hear(view)
         lacking = {key for key in keys if not self.is_fresh(view, key)}
         while True:
@@ -271,20 +272,25 @@ class Oracle:
                 start = max(self.now, self.free_at)
                 self.free_at = start + self.world.took
                 truth = None if self.world.fails else dict(self.world.truth[view])
-                wanted = set(sorted(lacking)[:MOST]) if phase == "closed" else set(lacking)
-                read = Asked(wanted, start, self.free_at, truth)
+                behind = granted and left <= 0
+                wanted = set(lacking) if behind else set(sorted(lacking)[:MOST])
+                due = self.now + BUDGET + KEY * len(wanted)
+                read = Asked(wanted, due, start, self.free_at, truth)
                 self.reads[view].append(read)
             if phase != "closed":
                 return "refused", lacking, left
             assert read is not None
-            left += KEY * len(read.keys) if mine else 0
+            if mine and not granted:
+                left += KEY * len(read.keys)
+                granted = True
             patience = max(left, 0)
             if read.end > self.now + patience:
                 self.now += patience
-                self.note(view, "late")
-                read.vain = True
+                if (mine and waited is None) or self.now >= read.due:
+                    self.note(view, "late")
+                    read.vain = True
                 return "late", lacking, left - patience
-            left = min(left - max(read.end - self.now, 0), BUDGET)
+            left -= max(read.end - self.now, 0)
             self.now = max(self.now, read.end)
             self.hear(view)
             if read.rows is None:
@@ -373,6 +379,7 @@ class Guarded(RuleBasedStateMachine):
         for view, profiles in zip(views, found, strict=True):
             how, lacking, left = self.oracle.turn(view, set(keys[view]), left)
             assert profiles.read == how
+            left = min(left, BUDGET)
             assert bool(profiles.why) == (how not in (None, "ok"))
             expected = [self.oracle.served(view, key, key in lacking) for key in keys[view]]
             values = [value for value, _ in expected]
@@ -382,7 +389,7 @@ class Guarded(RuleBasedStateMachine):
         assert self.world.now == self.oracle.now
         assert self.world.begun == sum(map(len, self.oracle.reads.values()))
         waited = self.world.now - before
-        assert waited <= BUDGET + KEY * sum(len(set(some)) for some in keys.values())
+        assert waited <= BUDGET + KEY * sum(min(len(set(some)), MOST) for some in keys.values())
         if all(profiles.read is None for profiles in found):
             assert self.world.begun == begun and waited == 0
         if all(profiles.read in (None, "refused") for profiles in found):
@@ -593,6 +600,48 @@ def test_thousands_of_cold_keys_are_all_read_if_the_store_answers() -> None:
     assert max(map(len, asked)) == guarded_reads.MOST_KEYS
     once = sorted(key for keys in asked for key in keys)
     assert once == sorted(f"K{n}".encode() for n in range(4096))
+
+
+@pytest.mark.parametrize("latency_ms", [1, 5, 12, 20, 32, 33, 40, 100, 400])
+def test_a_slow_store_costs_a_batch_no_more_than_one_that_hangs(latency_ms: int) -> None:
+    world = World(took=latency_ms / 1000, truth={CARD.name: {}, SHOP.name: {}})
+    for number in range(4096):
+        for known in world.truth.values():
+            known[f"K{number}"] = float(number)
+    keys = bytes_of(*(f"K{number}" for number in range(4096)))
+
+    @dataclass
+    class Store:
+        view: ProfileView
+
+        def read(self, keys: list[bytes]) -> Rows:
+            return world.read(self.view, keys)
+
+    readers = {view.name: Store(view) for view in (CARD, SHOP)}
+    reads = GuardedReads(
+        OnlineStore(readers, clock=world.clock, cache_ttl_s=1e6, cache_rows=10_000),
+        in_background=world.in_background,
+    )
+    most_s = 0.02 + 2 * guarded_reads.MOST_KEYS * guarded_reads.KEY_S
+    opened = False
+    for _ in range(200):
+        before = world.now
+        found = reads.lookup([(view, keys) for view in (CARD, SHOP)], NOW_MS)
+        assert world.now - before <= most_s + 1e-9
+        opened |= reads.is_open(CARD)
+        world.now += 0.1
+        # What was not answered in time is not made up.
+        for profiles in found:
+            fresh = profiles.served == Served.FRESH
+            assert (profiles.values[fresh, 0] == np.arange(4096)[fresh]).all()
+            assert np.isnan(profiles.values[~fresh]).all()
+    # Behind the batches, all of it is read in the end, and a store that is quick enough for one
+    # read is not given up for the number of the keys.
+    if latency_ms <= 20:
+        assert not opened
+        assert all((profiles.served == Served.FRESH).all() for profiles in found)
+    if latency_ms >= 50:
+        assert opened
 
 
 def test_what_comes_late_is_there_for_the_next_batch() -> None:
