@@ -13,6 +13,7 @@ Whatever is decided here, every event moves the windows: it has done so before i
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Literal, TypeAlias
@@ -27,6 +28,10 @@ CatchUp: TypeAlias = Literal["score_all", "degrade", "skip"]
 MOST_LEVEL = 4
 #: Intervals with a short queue before a level is taken back.
 CALM_INTERVALS = 4
+#: How far a record's timestamp may be ahead of our clock to count as fresh, in seconds.
+CLOCKS_S = 1.0
+#: Outages that are remembered; of older ones, what is still to be read is as if they had not been.
+MOST_OUTAGES = 16
 
 
 class Way(IntEnum):
@@ -50,8 +55,9 @@ class Overload:
         deadline_s: age past which an event of low priority is not scored in full, at any level:
             it gets the reduced answer (``drop``: is shed; ``block``: is scored).
         catch_up: what becomes of events of low priority that came while the flow was down, which
-            are those appended before it began to read: ``score_all``, ``degrade`` (reduced
-            answers) or ``skip`` (shed). They do not count for the level.
+            are those appended before it began to read, or within an outage (`interrupted`):
+            ``score_all``, ``degrade`` (reduced answers) or ``skip`` (shed). They do not count for
+            the level.
         interval_s: how long the queue has to stand for a level, in seconds.
         now_s: wall clock, in seconds.
         elapsed_s: monotonic clock, in seconds.
@@ -83,14 +89,23 @@ class Overload:
         self._target_s, self._deadline_s, self._interval_s = target_s, deadline_s, interval_s
         self._now_s, self._elapsed_s = now_s, elapsed_s
         self._began_ms = now_s() * 1000
+        self._outages_ms: deque[tuple[float, float]] = deque(maxlen=MOST_OUTAGES)
         self._until = elapsed_s() + interval_s
         self._least_s: float | None = None  # age, in this interval
         self._calm = 0
         self._asked = False
 
-    def interrupted(self) -> None:
-        """Note that the flow could not read until now: what it reads next came in the meantime."""
+    def begins(self) -> None:
+        """Note that the flow begins to read: what was appended before came in a downtime."""
         self._began_ms = self._now_s() * 1000
+
+    def interrupted(self, for_s: float) -> None:
+        """Note that the flow could not read in the last `for_s` seconds.
+
+        What was appended then is missed; what had been waiting before is not.
+        """
+        now_ms = self._now_s() * 1000
+        self._outages_ms.append((now_ms - for_s * 1000, now_ms))
 
     def idle(self) -> None:
         """Note that nothing waits here: the queue is short, if no event came since the last time.
@@ -111,18 +126,23 @@ class Overload:
 
         `append_time` is the broker's, in ms; `critical` events are always scored in full; `draws`
         is a number of each event that is evenly distributed and the same in every life, such as a
-        hash of its id: at a level the same events are chosen, whoever asks. O(n).
+        hash of its id: at a level the same events are chosen, whoever asks. A record more than
+        `CLOCKS_S` ahead of our clock says nothing about the queue. O(n).
         """
         if len(append_time) == 0:
             return None
         self._asked = True
         now_ms = self._now_s() * 1000
-        youngest_ms = float(append_time.max())
-        if youngest_ms >= self._began_ms:
-            self._observe((now_ms - youngest_ms) / 1000)
         age_s = (now_ms - append_time) / 1000
-        found = self._live(age_s, draws)
         missed = append_time < self._began_ms
+        oldest_ms = float(append_time.min())
+        for since_ms, until_ms in self._outages_ms:
+            if oldest_ms <= until_ms:
+                missed |= (append_time >= since_ms) & (append_time <= until_ms)
+        tell = age_s[~missed & (age_s >= -CLOCKS_S)]
+        if len(tell):
+            self._observe(float(tell.min()))
+        found = self._live(age_s, draws)
         if missed.any():
             found = np.zeros(len(age_s), np.uint8) if found is None else found
             found[missed] = _CATCH_UP[self.catch_up]

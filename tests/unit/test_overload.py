@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflows.overload import CALM_INTERVALS, MOST_LEVEL, CatchUp, Overload, Policy, Way
+from dataflows.overload import (
+    CALM_INTERVALS,
+    MOST_LEVEL,
+    MOST_OUTAGES,
+    CatchUp,
+    Overload,
+    Policy,
+    Way,
+)
 
 TARGET_S, DEADLINE_S, INTERVAL_S = 0.5, 5.0, 0.5
 #: A start on a clock like the wall's.
@@ -213,10 +221,66 @@ def test_what_came_while_the_flow_was_down_does_not_count_for_the_level() -> Non
         clock.s += INTERVAL_S
         assert control.ways(old, np.zeros(1, bool), np.zeros(1, np.int64)) is None
     assert control.level == 0
-    control.interrupted()
+    clock.s += 30
+    control.interrupted(30)
     just_before = np.array([round(clock.s * 1000) - 1])
     clock.s += 60
-    assert control.ways(just_before, np.zeros(1, bool), np.zeros(1, np.int64)) is None
+    for _ in range(10):
+        clock.s += INTERVAL_S
+        assert control.ways(just_before, np.zeros(1, bool), np.zeros(1, np.int64)) is None
+    assert control.level == 0
+
+
+@pytest.mark.parametrize("outages", [1, 3, MOST_OUTAGES])
+def test_only_what_came_in_an_outage_is_missed(outages: int) -> None:
+    """Not the backlog from before it, nor what came between two."""
+    clock = Clock()
+    control = overload("block", clock, "skip")
+    control._until = np.inf
+    appended, missed = [BEGAN_S - 1, BEGAN_S + 1], [True, False]
+    for _ in range(outages):
+        clock.s += 100
+        control.interrupted(2.0)
+        appended += [clock.s - 50, clock.s - 2.1, clock.s - 1.9, clock.s - 0.1, clock.s + 0.1]
+        missed += [False, False, True, True, False]
+    clock.s += 3600
+    times = np.round(np.array(appended) * 1000).astype(np.int64)
+    zeros = np.zeros(len(times), np.int64)
+    ways = control.ways(times, zeros.astype(bool), zeros)
+    assert ways is not None
+    assert (ways == Way.SKIPPED).tolist() == missed
+
+
+def test_an_outage_does_not_lift_the_level_from_a_backlog() -> None:
+    clock = Clock()
+    control = overload("degrade", clock)
+    backlog = np.array([round(clock.s * 1000) + 1])
+    clock.s += 100
+    for _ in range(MOST_LEVEL):
+        clock.s += INTERVAL_S
+        control.interrupted(0.2)
+        control.ways(backlog, np.zeros(1, bool), np.zeros(1, np.int64))
+    assert control.level == MOST_LEVEL
+
+
+def test_a_timestamp_of_the_future_does_not_hide_a_queue() -> None:
+    clock = Clock()
+    control = overload("degrade", clock)
+    for level in range(1, MOST_LEVEL + 1):
+        clock.s += 10
+        times = np.array([round(clock.s * 1000) - 9_000, round(clock.s * 1000) + 60_000])
+        control.ways(times, np.zeros(2, bool), np.zeros(2, np.int64))
+        assert control.level == level
+    ahead = np.array([round(clock.s * 1000) + 60_000])
+    for _ in range(20):  # they alone say nothing
+        clock.s += INTERVAL_S
+        control.ways(ahead, np.zeros(1, bool), np.zeros(1, np.int64))
+    assert control.level == MOST_LEVEL
+    for _ in range(MOST_LEVEL * CALM_INTERVALS):  # clocks that differ by a little do
+        clock.s += INTERVAL_S
+        slightly = np.array([round(clock.s * 1000) + 500])
+        control.ways(slightly, np.zeros(1, bool), np.zeros(1, np.int64))
+    assert control.level == 0
 
 
 def test_a_target_beyond_the_deadline_is_refused() -> None:
