@@ -315,7 +315,7 @@ class Metrics:
         )
         self.latency = LatencyHistogram(
             "end_to_end_latency_seconds",
-            "Broker append of the event to delivery report of its prediction",
+            "Broker append of the event to delivery report of its prediction; not of shed events",
             self.registry,
         )
         ProcessCollector(registry=self.registry)

@@ -105,6 +105,10 @@ def encode(
             if notice is not None:
                 notice(batch)
             modes = _modes(batch)
+            append_time, shed = batch["append_time"], None
+            if decided[0]:  # what is not answered has no latency, and would hide the others'
+                shed = batch["decision"] < 0
+                append_time = np.where(shed, -1, append_time)
             predictions = map(
                 Prediction,
                 texts(batch["transaction_id"]),
@@ -124,12 +128,12 @@ def encode(
             yield OutRecords(
                 keys=batch["card_id"].tolist(),
                 values=list(map(encoder.encode, predictions)),
-                append_time=batch["append_time"],
+                append_time=append_time,
                 event_ids=batch["transaction_id"].tolist(),
                 origins=origins(batch, topics),
                 headers=None if measure.tracing is None else measure.tracing.headers(batch, modes),
                 clock_bytes=_digits(latency_ms),
-                shed=batch["decision"] < 0 if decided[0] else None,
+                shed=shed,
             )
 
     return op.flat_map_batch("encode", up, measured("encode", run, last=True))

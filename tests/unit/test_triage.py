@@ -152,7 +152,8 @@ def test_what_is_shed_has_no_answer_and_says_why() -> None:
         events([10] * 4, [3.0] * 4, first=40), last, Way.SAMPLED, Way.REDUCED, Way.DROPPED,
         Way.SKIPPED,
     )  # fmt: skip
-    found = [json.loads(value) for value in encoded(batch).values]
+    out = encoded(batch)
+    found = [json.loads(value) for value in out.values]
     assert found[0] == {
         "transaction_id": "tx0040",
         "card_id": "C0",
@@ -167,6 +168,8 @@ def test_what_is_shed_has_no_answer_and_says_why() -> None:
         "shed": "sampled",
     }
     assert [each.get("shed") for each in found] == ["sampled", None, "dropped", "skipped"]
+    # What is not answered has no latency among those of what is.
+    assert (out.append_time < 0).tolist() == [True, False, True, True]
     assert [each["decision"] for each in found] == [None, "block", None, None]
 
 
