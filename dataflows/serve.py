@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import threading
@@ -10,10 +11,13 @@ from typing import Self
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _START_WITHIN_S = 10.0
 #: What is served is small and for few; more connections than this get 503.
-_MOST_CONNECTIONS = 100
+_MOST_CONNECTIONS = 500
+#: Who connects and asks for nothing is hung up on, lest the probes find no room.
+_SILENCE_S = 5.0
 
 _WHY = {
     errno.EADDRINUSE: "something else listens there; name another port, or stop what listens",
@@ -85,6 +89,18 @@ class _Uvicorn(uvicorn.Server):
         self.up.set()
 
 
+class _Impatient(H11Protocol):
+    """HTTP/1.1 for those who ask: a connection without a request is closed after `_SILENCE_S`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_SILENCE_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if not self.cycle and not self.transport.is_closing():
+            self.transport.close()
+
+
 def serve(app: ASGIApp, host: str, port: int) -> Server:
     """Serve an application in a daemon thread, and return when it answers.
 
@@ -97,6 +113,7 @@ def serve(app: ASGIApp, host: str, port: int) -> Server:
         app,
         # Not uvloop: an idle server has nothing to gain, and the process one library less.
         loop="asyncio",
+        http=_Impatient,
         ws="none",
         lifespan="off",
         log_config=None,

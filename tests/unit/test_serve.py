@@ -94,3 +94,27 @@ def test_several_are_served_beside_each_other() -> None:
     with serve(APP, "127.0.0.1", 0) as one, serve(APP, "localhost", 0) as two:
         assert one.port != two.port
         assert get(one.url) == get(two.url) == "hello"
+
+
+def test_who_connects_and_asks_for_nothing_takes_nobody_s_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dataflows.serve._SILENCE_S", 0.2)
+    with serve(APP, "127.0.0.1", 0) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(150)]
+        assert get(server.url) == "hello"
+        for connection in idle:
+            connection.settimeout(10)
+            assert connection.recv(1) == b"", "hung up on"
+            connection.close()
+
+
+def test_a_request_half_sent_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataflows.serve._SILENCE_S", 0.2)
+    with (
+        serve(APP, "127.0.0.1", 0) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as slow,
+    ):
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        slow.settimeout(10)
+        assert slow.recv(1) == b""
