@@ -37,6 +37,7 @@ in the same epoch: see `dataflows.kafka.peers`.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
@@ -414,6 +415,7 @@ class _Lane:
         "at_end_offset",
         "behind_since",
         "emitted_before",
+        "high",
         "late_s",
         "name",
         "partition",
@@ -442,6 +444,7 @@ class _Lane:
         self.behind_since = 0.0
         self.emitted_before = -1  # offset, at the last observation
         self.late_s = 0.0  # age of the last record emitted, at `behind_since`
+        self.high = -1  # end of the partition, when last asked while paused
         self.silent_s = 0.0  # how long the others have waited for this one
         self.released_at = -1  # `received` when waiting was given up
         self.paused = False
@@ -481,6 +484,8 @@ class _Reader:
         self._snapshot_began: float | None = None
         self._next_observation = 0.0
         self._next_outage_log = 0.0
+        self._listen_at = 0.0
+        self._paused_seen = 0
         self._next_commit_log = 0.0
         self._next_probe = 0.0
         self._committing = False
@@ -661,7 +666,7 @@ class _Reader:
             return []
         if now >= self._next_observation:
             self._observe()
-        if source.stats.outage_since is not None and not self._merge.buffered:
+        if source.stats.outage_since is not None:
             self._ask_for_brokers()
         records = self._read(max(1, source.batch_size()))
         idle = records is None and not self._merge.buffered
@@ -749,8 +754,11 @@ class _Reader:
         if self._horizon is None:
             self._ask_the_others()
         # Rows that are here and may go come first: reading more would only fill the buffers.
-        if merge.ready < limit and not merge.release(limit, self._bound()):
-            want = min(max(2 * limit, 256), 10_000)
+        # Now and then all the same, for what only the client's callbacks tell: an outage.
+        short = merge.ready < limit and not merge.release(limit, self._bound())
+        if short or now >= self._listen_at:
+            self._listen_at = now + _OBSERVE_EVERY_S
+            want = min(max(2 * limit, 256), 10_000) if short else 1
             received = self._consumer.consume(want, 0)
             if received:
                 self._accept(received)
@@ -951,13 +959,15 @@ class _Reader:
         stats, merge = self._source.stats, self._merge
         stats.buffered = merge.buffered
         oldest, appended = merge.oldest().tolist(), merge.appended.tolist()
+        self._look_at_a_paused_end()
         for index, lane in enumerate(self._order):
             of = lane.topic, lane.partition
             found = self._consumer.get_watermark_offsets(lane.topic_partition, cached=True)
             if found is not None and found[1] >= 0:
                 nothing_here = oldest[index] < 0
                 at_end = nothing_here and self._at_end(lane, int(merge.received[index]))
-                stats.lag[of] = 0 if at_end else max(0, found[1] - int(merge.emitted[index]))
+                high = max(found[1], lane.high)
+                stats.lag[of] = 0 if at_end else max(0, high - int(merge.emitted[index]))
             if not stats.lag.get(of) or not lane.behind_since:
                 lane.behind_since, lane.late_s = now, 0.0
             elif merge.emitted[index] != lane.emitted_before and appended[index] >= 0:
@@ -978,6 +988,21 @@ class _Reader:
         self._youngest_ms = math.inf
         if self._source.observe is not None:
             self._source.observe(stats)
+
+    def _look_at_a_paused_end(self) -> None:
+        """Ask for the end of one of the partitions that are paused: nothing else would tell of it.
+
+        One round trip an observation, and none in an outage.
+        """
+        paused = [lane for lane in self._order if lane.paused]
+        if not paused or self._source.stats.outage_since is not None:
+            return
+        self._paused_seen += 1
+        lane = paused[self._paused_seen % len(paused)]
+        with contextlib.suppress(KafkaException):  # the next observation asks another
+            found = self._consumer.get_watermark_offsets(lane.topic_partition, timeout=_PROBE_S)
+            if found is not None:
+                lane.high = found[1]
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
@@ -1004,7 +1029,7 @@ class _Reader:
             logger.warning("a broker answers again after %.1f s", time.monotonic() - since)
 
     def _ask_for_brokers(self) -> None:
-        """See whether an outage is over: where nothing is sent, nothing else would tell."""
+        """See whether an outage is over: where nothing is sent or read, nothing else would tell."""
         now = time.monotonic()
         if now < self._next_probe:
             return

@@ -161,3 +161,49 @@ def test_the_end_of_an_outage_is_noticed_and_told_first(broker: DevBroker, traff
             await_that(lambda: turned() >= 0 and emitted[0] == 11, "what came in it")
     first = next(look for look in told if look[0] == 1)
     assert first[1:] == (False, 10), "told before what came in it was emitted"
+
+
+def filled(producer: Producer, turn: Callable[[], int], source: KafkaSource) -> None:
+    """Read until a buffer is full and its partition paused."""
+    sent(producer, 2_000)
+
+    def full() -> bool:
+        turn()
+        return any(lane.paused for reader in source._readers.values() for lane in reader._order)
+
+    await_that(full, "a partition is paused", 30)
+
+
+def test_lag_grows_while_the_buffers_are_full(broker: DevBroker) -> None:
+    producer = producer_of(broker)
+    # One record a minute may pass.
+    with reading(broker, rate_limit=(1 / 60, 1), buffer_records=100, batch_size=199) as (
+        source,
+        turn,
+    ):
+        filled(producer, turn, source)
+        sent(producer, 1_000)
+
+        def seen() -> bool:
+            turn()
+            return sum(source.stats.lag.values()) == 3_000 - source.stats.read["tx"]
+
+        await_that(seen, "what was appended is seen")
+
+
+def test_an_outage_is_noticed_while_the_buffers_are_full(broker: DevBroker) -> None:
+    producer = producer_of(broker)
+    with reading(broker, rate_limit=(1 / 60, 1), buffer_records=100, batch_size=199) as (
+        source,
+        turn,
+    ):
+        filled(producer, turn, source)
+        for down in (True, False):
+            (broker.broker_down if down else broker.broker_up)()
+
+            def noticed(down: bool = down) -> bool:
+                turn()
+                return (source.stats.outage_since is not None) == down
+
+            await_that(noticed, "it is noticed", 30)
+        assert source.stats.outages == 1 and source.stats.buffered >= 100
