@@ -274,7 +274,7 @@ def _health(
 ) -> list[Health]:
     return [
         *_brokers(read),
-        *_freshness(partitions, limits),
+        *_freshness(read, partitions, limits),
         *_retention(partitions, limits),
         *_profiles(read),
         *_inputs(read, now_s, limits),
@@ -291,10 +291,12 @@ def _brokers(read: _Read) -> list[Health]:
     return [Health("Brokers", False, "No broker answers. The flow waits, and goes on by itself.")]
 
 
-def _freshness(partitions: Sequence[Partition], limits: Limits) -> list[Health]:
+def _freshness(read: _Read, partitions: Sequence[Partition], limits: Limits) -> list[Health]:
     ages = [partition.seconds for partition in partitions if partition.seconds is not None]
     if not ages:
         return []
+    if read.one("scoring_brokers_reachable") == 0:
+        return [Health("Freshness", None, "No broker answers.")]
     oldest = max(ages)
     if oldest > limits.lag_s:
         return [Health("Freshness", False, f"The oldest waiting record is {span(oldest)} old.")]

@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[Beat, set[str]]] = {
     "behind": (_behind, {"ScoringFreshnessBudgetBurn"}),
     "stalled": (_stalled, {"ScoringStalled"}),
     "no epoch": (_no_epoch, {"ScoringNoEpochClosed", "ScoringFreshnessBudgetBurn"}),
-    "no broker": (_no_broker, {"ScoringBrokersUnreachable"}),
+    "no broker": (_no_broker, {"ScoringBrokersUnreachable", "ScoringFreshnessBudgetBurn"}),
     "late": (_late, {"ScoringRetentionHeadroom"}),
     "lost": (_lost, {"ScoringRecordsLost"}),
     "full": (_full, {"ScoringRecoveryVolumeFilling"}),

@@ -182,6 +182,7 @@ def test_a_flow_that_is_well_says_so() -> None:
     ("name", "other", "expected", "words"),
     [
         ("Brokers", {"brokers_reachable": [({}, 0)]}, False, "No broker answers"),
+        ("Freshness", {"brokers_reachable": [({}, 0)]}, None, "No broker answers"),
         (
             "Freshness",
             {"lag_seconds": [({"topic": "a", "partition": "0"}, 61)]},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from dataflows import observe
 from dataflows.health import Health, endpoints
 from dataflows.kafka import writer
 from dataflows.kafka.source import SourceStats
@@ -81,17 +82,62 @@ def test_the_end_of_an_outage_and_an_empty_queue_reach_the_control(
     assert observed_for(3) == 0
 
     began_ms = control._began_ms
+    elapsed = [500.0]
+    monkeypatch.setattr(observe.time, "monotonic", lambda: elapsed[0])
     observer(stats)
-    assert control._began_ms == began_ms
-    for ended in ("reading", "writing"):
-        began_ms = control._began_ms
+    for told in ("reading", "writing", "of nothing until it was over"):
+        elapsed[0] += 100
+        now[0] += 100
+        observer(stats)  # all is well
+        if told == "reading":
+            stats.outage_since = elapsed[0] - 3  # noticed late
+        elif told == "writing":
+            monkeypatch.setattr(Wait, "since", elapsed[0] - 3)
+        for _ in range(4):
+            elapsed[0] += 0.5
+            now[0] += 0.5
+            if told != "of nothing until it was over":
+                observer(stats)
+        elapsed[0] += 1
         now[0] += 1
-        if ended == "reading":
-            stats.outages += 1
-        else:
-            monkeypatch.setattr(Wait, "outages", Wait.outages + 1)
+        stats.outage_since = None
+        monkeypatch.setattr(Wait, "since", None)
+        stats.outages += 1
         observer(stats)
-        assert control._began_ms == now[0] * 1000 > began_ms
+        lasted_ms = 3_000 if told == "of nothing until it was over" else 6_000
+        assert control._outages_ms[-1] == (now[0] * 1000 - lasted_ms, now[0] * 1000)
+    assert control._began_ms == began_ms
+    assert len(control._outages_ms) == 3
+
+
+def test_lag_goes_on_while_nobody_looks_and_while_no_broker_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elapsed = [500.0]
+    monkeypatch.setattr(observe.time, "monotonic", lambda: elapsed[0])
+    metrics, health = Metrics(), Health(now=lambda: elapsed[0])
+    observer = Observer(metrics, health, None, {"tx": 3600.0}, None)
+    lag_s = {("tx", 0): 2.5, ("tx", 1): 0.0}
+    stats = SourceStats(lag_s=lag_s, age_s=0.25)
+
+    def served() -> list[float | None]:
+        lags = [value(metrics, "lag_seconds", topic="tx", partition=p) for p in "01"]
+        headroom = value(metrics, "retention_headroom_seconds", topic="tx", partition="0")
+        return [*lags, value(metrics, "record_age_seconds"), headroom]
+
+    observer(stats)
+    assert served() == [2.5, 0.0, 0.25, 3597.5]
+    elapsed[0] += 1.0  # between two looks
+    assert served() == [2.5, 0.0, 0.25, 3597.5]
+    elapsed[0] += 9.0  # held up, for whatever reason
+    assert served() == [12.5, 10.0, 10.25, 3587.5]
+    observer(stats)
+    stats.outage_since = 503.0  # the source looks on, and hears nothing
+    observer(stats)
+    assert served() == [7.0, 7.0, 7.0, 3593.0]
+    stats.outage_since = None
+    observer(stats)
+    assert served() == [2.5, 0.0, 0.25, 3597.5]
 
 
 def test_the_flow_begins_to_read_when_it_first_says_so() -> None:
