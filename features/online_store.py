@@ -12,6 +12,7 @@ import contextlib
 import gc
 import io
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from features.profiles import (
 )
 
 Keys = npt.NDArray[np.bytes_]
+
+_HOST_AND_PORT = re.compile(r".+:[0-9]{1,5}")
 
 KEYS_PER_READ = 1_000
 """Bounds one `online_read`: SQLite limits the parameters of a statement, Redis one reply."""
@@ -445,11 +448,25 @@ def _feature_store(repo: Path) -> Any:
         )
     with _unchecked_types():
         from feast import FeatureStore
+        from feast.repo_config import FeastConfigError
 
-    store = FeatureStore(repo_path=str(config.parent), fs_yaml_file=config)
-    connection = getattr(store.config.online_store, "connection_string", "")
+    try:
+        store = FeatureStore(repo_path=str(config.parent), fs_yaml_file=config)
+    except FeastConfigError as error:
+        raise StoreNotReady(
+            f"{config} is no configuration that Feast takes; correct it: {error}"
+        ) from None
+    connection = getattr(store.config.online_store, "connection_string", None)
+    if connection is None:
+        return store
     if "${" in connection:
         raise StoreNotReady(f"{config}: {connection} is not set; set it to host:port,key=value,…")
+    addresses = [part for part in connection.split(",") if "=" not in part]
+    if not addresses or not all(_HOST_AND_PORT.fullmatch(each) for each in addresses):
+        raise StoreNotReady(  # without what was given: there may be a password in it
+            f"{config}: connection_string (FEAST_REDIS) names no host and port. Write "
+            "host:port,key=value,… such as localhost:6379,db=0"
+        )
     return store
 
 

@@ -288,6 +288,20 @@ def test_a_store_that_is_not_there_is_named_with_the_remedy(profile_files, tmp_p
         OnlineStore.open(tmp_path, cache_rows=0)
 
 
+@pytest.mark.parametrize("given", ["localhost", "secret", "localhost:six,db=0", "password=secret"])
+def test_an_address_without_a_port_is_refused_and_not_shown(monkeypatch, given):
+    monkeypatch.setenv("FEAST_REDIS", given)
+    with pytest.raises(StoreNotReady, match="names no host and port. Write host:port") as refused:
+        OnlineStore.open(ROOT / "features" / "feast_repo" / "feature_store.redis.yaml")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_configuration_that_feast_does_not_take_is_named(tmp_path):
+    (tmp_path / "feature_store.yaml").write_text("project: 7 and so on\nprovider: [none]\n")
+    with pytest.raises(StoreNotReady, match=r"feature_store.yaml is no configuration that Feast"):
+        OnlineStore.open(tmp_path)
+
+
 def test_the_redis_alternative_names_its_variable(monkeypatch):
     monkeypatch.delenv("FEAST_REDIS", raising=False)
     with pytest.raises(StoreNotReady, match=r"\$\{FEAST_REDIS\} is not set"):
