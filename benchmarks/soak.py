@@ -2,6 +2,9 @@
 
     make soak          python -m benchmarks.soak [--minutes 30] [--rate 12000]
 
+The half hour in results/soak.md had 16,000 events/s, 80 % of the highest rate with bounded lag in
+results/flow.md (20,000), at least once.
+
 Real Kafka, the real flow with dedupe and overload control on, one hot card with a fifth of all
 events. After a third of the time the broker stands still for 20 s (SIGSTOP), after two thirds there
 is a burst of three times the rate for 30 s. Every five seconds the process's memory and what it
