@@ -40,7 +40,7 @@ NAMESPACE = "scoring"
 
 _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
-OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed")
+OUTCOMES = ("read", "scored", "applied", "dead_lettered", "duplicate", "shed", "rebuilt")
 
 
 class ArrayHistogram(Collector):

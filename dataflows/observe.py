@@ -100,7 +100,7 @@ class Observer:
             return
         before, self._outages = self._outages, stats.outages + Wait.outages
         now = time.monotonic()
-        if before is None:
+        if before is None or stats.rebuilding:  # what comes meanwhile waits like in a downtime
             self._overload.begins()
         elif self._outages != before:
             self._overload.interrupted(now - self._fine_at)

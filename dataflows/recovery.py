@@ -1026,11 +1026,13 @@ def _windows(steps: Any) -> Iterator[tuple[str, Layout, StateDir | None]]:
 
 
 def _check_offset(value: Any) -> None:
-    """Raise unless a value is an input's next offset."""
-    if type(value) is not int:
+    """Raise unless a value is an input's next offset, and where its answers begin, if after it."""
+    tag, *offsets = value if isinstance(value, tuple) else ("rebuild", value)
+    if tag != "rebuild" or not all(type(offset) is int for offset in offsets):
         raise TypeError
-    if value < 0:
-        raise ValueError(f"{value} is not an offset, which is 0 or more")
+    for offset in offsets:
+        if offset < 0:
+            raise ValueError(f"{offset} is not an offset, which is 0 or more")
 
 
 def _unknown_step(snapshot: Snapshot, steps: Collection[str]) -> str:

@@ -259,6 +259,7 @@ class Runtime:
                 group_id=settings.group_id,
                 batch_size=settings.batch_size,
                 start=settings.start_at,
+                reach_ms=_reach_ms(settings),
                 keep_offsets=settings.delivery != "at_most_once",
                 max_clock_skew_ms=skew_ms,
                 max_hold_s=settings.max_hold_s,
@@ -299,6 +300,14 @@ class Runtime:
             shedding=shedding,
             notice=None if recent is None else partial(recent.add, model_version=scorer.version),
         )
+
+
+def _reach_ms(settings: Settings) -> int:
+    """Return how far back in time any event can matter to the answer to another, in ms."""
+    dedupe = _dedupe(settings)
+    return max(
+        *(view.horizon_ms for view in FRAUD.views), 0 if dedupe is None else dedupe.horizon_ms
+    )
 
 
 def _orphaned(why: str) -> None:

@@ -59,10 +59,11 @@ class Settings(_Security):
     group_id: str = Field(
         "fraud-scoring", description="Consumer group that offsets are committed to, for lag tools"
     )
-    start_at: Literal["earliest", "latest"] = Field(
+    start_at: Literal["earliest", "latest", "rebuild"] = Field(
         "earliest",
         description="Where a partition without a snapshot is read from; `latest` means the end, "
-        "or where GROUP_ID stopped",
+        "or where GROUP_ID stopped; `rebuild`: answers begin there too, after what the windows "
+        "reach back to has been read again",
     )
     resume_past_retention: bool = Field(
         False,
@@ -237,6 +238,16 @@ class Settings(_Security):
             raise ValueError(
                 f"MESSAGE_TIMEOUT_S ({self.message_timeout_s:g}) is too long for exactly_once: a "
                 f"transaction lasts 15 minutes at most; accepted: (1, {_MOST_TIMEOUT_S}]"
+            )
+        if self.start_at == "rebuild" and self.delivery == "at_most_once":
+            raise ValueError(
+                "START_AT=rebuild does not go with DELIVERY=at_most_once, under which every life "
+                "starts at the end of the topics, whatever was read before"
+            )
+        if self.start_at == "rebuild" and self.state_dir is not None:
+            raise ValueError(
+                "START_AT=rebuild and STATE_DIR both fill the windows, and events would count "
+                "twice: keep one (with STATE_DIR, START_AT=latest goes on where GROUP_ID stopped)"
             )
         if self.overload_target_ms > self.overload_deadline_s * 1000:
             raise ValueError(

@@ -111,6 +111,8 @@ def _described(value: Any) -> Mapping[str, Any]:
     """Return what can be told of a snapshot's value."""
     if isinstance(value, int):
         return {"offset": value}
+    if isinstance(value, tuple) and value[0] == "rebuild":  # of an input
+        return {"offset": value[1]}
     if isinstance(value, tuple) and value[0] in ("base", "page"):  # of windows
         head = journal.describe(value)
         entries = head.get("rows" if value[0] == "page" else "entries", 0)

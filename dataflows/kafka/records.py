@@ -38,6 +38,8 @@ class Records:
         append_time: int64 milliseconds since the epoch, the broker's (or producer's) timestamp.
         stream_time: int64 milliseconds, the key of the order: the record's own stream time, or the
             latest one seen before it in its partition if that is later or it has none.
+        known: optional bool, which records an earlier life has answered, and are read again only
+            for the windows (``START_AT=rebuild``); None: none is.
     """
 
     messages: list[Message]
@@ -46,6 +48,7 @@ class Records:
     offset: Int64s
     append_time: Int64s
     stream_time: Int64s
+    known: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.messages)

@@ -47,11 +47,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -66,6 +66,7 @@ from dataflows.kafka.interleave import NO_TIME, Interleaver
 from dataflows.kafka.peers import Peers
 from dataflows.kafka.phase import PhaseKeeper
 from dataflows.kafka.rate_limit import TokenBuckets
+from dataflows.kafka.rebuild import first_unread_ms, offsets_since
 from dataflows.kafka.records import Int64s, Records
 from dataflows.kafka.topics import (
     STARTUP_TIMEOUT_S,
@@ -247,6 +248,7 @@ class SourceStats:
         outage_since: monotonic seconds since no broker can be reached; None: all is well.
         outages: outages that are over. `observe` is called with each before anything that came in
             it is emitted.
+        rebuilding: whether records are still to come that only refill the windows.
     """
 
     read: dict[str, int] = field(default_factory=dict)
@@ -264,9 +266,15 @@ class SourceStats:
     skipped: dict[tuple[str, int], int] = field(default_factory=dict)
     outage_since: float | None = None
     outages: int = 0
+    rebuilding: bool = False
 
 
-class KafkaSource(FixedPartitionedSource[Records, int]):
+#: Of a partition: the offset of the next record to emit; and while records are read again that an
+#: earlier life has answered, ("rebuild", that, the offset of the first one that is to be answered).
+PartState: TypeAlias = int | tuple[str, int, int]
+
+
+class KafkaSource(FixedPartitionedSource[Records, PartState]):
     """Read several topics as one stream of `Records`, interleaved by stream time.
 
     Args:
@@ -277,7 +285,10 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         group_id: consumer group that the offsets of each durable snapshot are committed to.
         batch_size: most records per batch, or a function that says so before each batch.
         start: where a partition without a snapshot starts: at its first record, or at the end
-            (``latest``; an earlier life that left no snapshot has told the group where that was).
+            (``latest``; an earlier life that left no snapshot has told the group where that was);
+            or (``rebuild``) as long before that place as `reach_ms` says, with the records before
+            it marked as known.
+        reach_ms: how far back in stream time what is made of the records reaches, for ``rebuild``.
         keep_offsets: False: every life starts at the end of the topics, whatever was read before:
             at most once.
         max_clock_skew_ms: a stream time further ahead of the broker's timestamp than this is not
@@ -317,7 +328,8 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
         *,
         group_id: str,
         batch_size: int | Callable[[], int] = 1024,
-        start: Literal["earliest", "latest"] = "earliest",
+        start: Literal["earliest", "latest", "rebuild"] = "earliest",
+        reach_ms: int = 0,
         keep_offsets: bool = True,
         max_clock_skew_ms: int = 300_000,
         max_hold_s: float = 5.0,
@@ -335,13 +347,14 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
     ) -> None:
         if not topics:
             raise ValueError("a Kafka source needs at least one topic")
-        if start not in ("earliest", "latest"):
-            raise ValueError(f"start is {start!r}; it must be 'earliest' or 'latest'")
+        if start not in ("earliest", "latest", "rebuild"):
+            raise ValueError(f"start is {start!r}; it must be 'earliest', 'latest' or 'rebuild'")
         self.topics = list(topics)
         self.stats = SourceStats(read={topic.name: 0 for topic in topics})
         self.config = {**CONSUMER_DEFAULTS, **config, **_GUARANTEES, "group.id": group_id}
         self.batch_size = batch_size if callable(batch_size) else lambda: batch_size
         self.start = start
+        self.reach_ms = reach_ms
         self.keep_offsets = keep_offsets
         self.max_clock_skew_ms = max_clock_skew_ms
         self.max_hold_s = max_hold_s
@@ -383,12 +396,12 @@ class KafkaSource(FixedPartitionedSource[Records, int]):
                 )
         return reader.discover()
 
-    def build_part(self, step_id: str, for_part: str, resume_state: int | None) -> _Part:
-        """Build a part; `resume_state` is the offset of the next record to emit."""
+    def build_part(self, step_id: str, for_part: str, resume_state: PartState | None) -> _Part:
+        """Build a part that goes on where it was."""
         return self._readers[threading.get_ident()].add(for_part, resume_state)
 
 
-class _Part(StatefulSourcePartition[Records, int]):
+class _Part(StatefulSourcePartition[Records, PartState]):
     """One Kafka partition to Bytewax: an offset. The leader also speaks for the reader."""
 
     def __init__(self, name: str, reader: _Reader) -> None:
@@ -401,7 +414,7 @@ class _Part(StatefulSourcePartition[Records, int]):
     def next_awake(self) -> datetime | None:
         return self._reader.next_awake(self)
 
-    def snapshot(self) -> int:
+    def snapshot(self) -> PartState:
         return self._reader.snapshot(self)
 
     def close(self) -> None:
@@ -412,6 +425,7 @@ class _Lane:
     """A Kafka partition to the reader; its buffer and offsets are the `Interleaver`'s."""
 
     __slots__ = (
+        "answer_from",
         "at_end_offset",
         "behind_since",
         "emitted_before",
@@ -437,6 +451,7 @@ class _Lane:
         self.source = source
         self.partition = partition
         self.resume_offset = resume_offset
+        self.answer_from = 0  # offset below which records are known
         self.topic_partition = TopicPartition(topic, partition)
         self.snapshots = 0
         self.at_end_offset = -1  # of the last end-of-partition event
@@ -481,6 +496,8 @@ class _Reader:
         self._gave = False  # whether the last turn returned records
         self._youngest_ms = math.inf  # age, since the last observation
         self._buckets: TokenBuckets | None = None
+        # Per lane; None: no record that is still to come is known.
+        self._answer_from: Int64s | None = None
         self._snapshot_began: float | None = None
         self._next_observation = 0.0
         self._next_outage_log = 0.0
@@ -508,14 +525,24 @@ class _Reader:
             for partition in range(count)
         ]
 
-    def add(self, name: str, resume_offset: int | None) -> _Part:
+    def add(self, name: str, resume_state: PartState | None) -> _Part:
         if self._leader is not None:
             raise SourceError(
                 f"the engine built {name} after this worker began to read; this source knows "
                 "Bytewax 0.21.1, which does not. Run with that version"
             )
         topic, _, partition = name.rpartition("/")
-        self._lanes[name] = _Lane(name, topic, self._codes[topic], int(partition), resume_offset)
+        answer_from = 0
+        if isinstance(resume_state, tuple):
+            _, resume_state, answer_from = resume_state
+            if self._source.start != "rebuild":
+                raise StartupError(
+                    f"{name}: the windows are not rebuilt yet, {answer_from - resume_state} "
+                    "records are still to be read again. Start with START_AT=rebuild until they are"
+                )
+        lane = _Lane(name, topic, self._codes[topic], int(partition), resume_state)
+        lane.answer_from = answer_from
+        self._lanes[name] = lane
         self._parts += 1
         return _Part(name, self)
 
@@ -548,6 +575,10 @@ class _Reader:
             self._phase = PhaseKeeper(self._source.epoch_interval_s, sleep=_drain.wait)
         if self._source.rate_limit is not None:
             self._buckets = TokenBuckets(len(self._order), *self._source.rate_limit)
+        answer_from = np.array([lane.answer_from for lane in self._order], np.int64)
+        if (answer_from > offsets).any():
+            self._answer_from = answer_from
+            self._source.stats.rebuilding = True
         self._last_turn = time.monotonic()
         self._observe()  # what was skipped, at least
         if self._source.peers is not None:
@@ -562,12 +593,63 @@ class _Reader:
         if not source.keep_offsets:
             return [high for _, high in watermarks]
         told: dict[str, int] = {}
-        if source.start == "latest" and any(lane.resume_offset is None for lane in self._order):
+        if source.start != "earliest" and any(lane.resume_offset is None for lane in self._order):
             told = self._tell_or_ask_the_group(watermarks, deadline)
-        return [
+        offsets = [
             self._start_offset(lane, told.get(lane.name), low, high)
             for lane, (low, high) in zip(self._order, watermarks, strict=True)
         ]
+        if source.start == "rebuild" and all(lane.resume_offset is None for lane in self._order):
+            for lane, offset in zip(self._order, offsets, strict=True):
+                lane.answer_from = offset
+            return self._offsets_to_rebuild_from(told, [low for low, _ in watermarks], deadline)
+        return offsets
+
+    def _offsets_to_rebuild_from(
+        self, told: Mapping[str, int], low: Sequence[int], deadline: float
+    ) -> list[int]:
+        """Return where each lane begins, so that what is first answered finds its windows full.
+
+        `told` has all partitions of which it is known where answering begins, other workers' too:
+        what one of these answers first needs the windows that all have filled.
+        """
+        source = self._source
+        unread = dict(told) | {lane.name: lane.answer_from for lane in self._order}
+        now_ms = time.time() * 1000
+        first_ms = first_unread_ms(source.config, unread, self._earliest_time, deadline)
+        since_ms = max(0, int(min(first_ms, now_ms)) - source.reach_ms)
+        found = offsets_since(
+            self._consumer, [lane.topic_partition for lane in self._order], since_ms, deadline
+        )
+        since = datetime.fromtimestamp(since_ms / 1000, UTC).isoformat(" ", "seconds")
+        offsets = []
+        for lane, first, offset in zip(self._order, low, found, strict=True):
+            begin = lane.answer_from if offset is None else min(offset, lane.answer_from)
+            offsets.append(begin)
+            if begin == first > 0:
+                logger.warning(
+                    "%s: records before offset %d were deleted by the topic's retention, and the "
+                    "windows reach back to %s: those that reach further than this record are too "
+                    "low, as after any start without state, until they have filled up",
+                    lane.name,
+                    first,
+                    since,
+                )
+        again = sum(lane.answer_from - at for lane, at in zip(self._order, offsets, strict=True))
+        logger.info(
+            "rebuilding the windows from %s on: %d offsets are read again, and not answered",
+            since,
+            again,
+        )
+        return offsets
+
+    def _earliest_time(self, message: Message) -> int:
+        """Return the earlier of a record's timestamp and its stream time, in ms."""
+        topic = message.topic()
+        assert topic is not None
+        code, append_time = self._codes[topic], message.timestamp()[1]
+        at = int(_times(self._decoders[code], [message.value()])[0])
+        return int(append_time if at == NO_TIME else min(append_time, at))
 
     def _tell_or_ask_the_group(
         self, watermarks: list[tuple[int, int]], deadline: float
@@ -591,19 +673,28 @@ class _Reader:
                 TopicPartition(
                     lane.topic,
                     lane.partition,
-                    known.get(lane.name, bounds[lane.name][lane.topic not in old]),
+                    bounds[lane.name][lane.topic not in old],
                     metadata=_FIRST,
                 )
                 for lane in new
+                if lane.name not in known
             ]
-            self._consumer.commit(offsets=offsets, asynchronous=False)
+            if offsets:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
             raise StartupError(
                 f"the group {self._source.config['group.id']!r} could not be asked, or told, where "
                 f"to begin ({error.args[0].str()}): see to the brokers' group coordinator, or set "
                 "START_AT=earliest"
             ) from error
-        return {lane.name: at.offset for lane, at in zip(new, offsets, strict=True)}
+        if offsets and self._source.start == "rebuild":
+            logger.warning(
+                "the group %r has no offset of %s: answering begins where %s now",
+                self._source.config["group.id"],
+                ", ".join(part_name(at.topic, at.partition) for at in offsets),
+                "they end" if len(offsets) > 1 else "it ends",
+            )
+        return known | {part_name(at.topic, at.partition): at.offset for at in offsets}
 
     def _start_offset(self, lane: _Lane, told: int | None, low: int, high: int) -> int:
         offset = told if lane.resume_offset is None else lane.resume_offset
@@ -675,6 +766,8 @@ class _Reader:
             if source.stop_at_end and self._everything_emitted():
                 self._drain_after = leader.snapshots
             return []
+        if source.start == "rebuild":
+            records = self._mark_known(records)
         for code, count in enumerate(np.bincount(records.source).tolist()):
             if count:
                 source.stats.read[source.topics[code].name] += count
@@ -683,6 +776,25 @@ class _Reader:
         )
         self._gave = True
         return [records]
+
+    def _mark_known(self, records: Records) -> Records:
+        if self._answer_from is None:
+            return replace(records, known=np.zeros(len(records), np.bool_))
+        lane = self._table[records.source, records.partition]
+        known = records.offset < self._answer_from[lane]
+        if all(map(self._is_rebuilt, range(len(self._order)))):
+            self._answer_from = None
+            self._source.stats.rebuilding = False
+            self._observe()
+            logger.info("the windows are rebuilt: all that comes now is answered")
+        return replace(records, known=known)
+
+    def _is_rebuilt(self, index: int) -> bool:
+        lane, merge = self._order[index], self._merge
+        if merge.emitted[index] >= lane.answer_from:
+            return True
+        # After the last record there may be a transaction's marker, and nothing else.
+        return not merge.buffered and lane.at_end_offset >= lane.answer_from
 
     def next_awake(self, part: _Part) -> datetime | None:
         if self._leader is None:
@@ -694,7 +806,7 @@ class _Reader:
         # None: in a millisecond. A flow that has had nothing to do for a while looks less often.
         return datetime.now(UTC) + _DOZE if self._empty_turns > _DOZE_AFTER else None
 
-    def snapshot(self, part: _Part) -> int:
+    def snapshot(self, part: _Part) -> PartState:
         lane, leader = self._lanes[part.name], self._leader
         if leader is None:  # an epoch shorter than the start-up: `turn` comes first, so never
             raise SourceError(f"the engine snapshotted {part.name} before it was read")
@@ -706,7 +818,11 @@ class _Reader:
         if lane is leader and self._phase is not None:
             self._phase.snapshot()
         self._part_ahead = any(other.snapshots > leader.snapshots for other in self._lanes.values())
-        return int(self._merge.emitted[self._index[part.name]])
+        index = self._index[part.name]
+        emitted = int(self._merge.emitted[index])
+        if self._answer_from is not None and emitted < self._answer_from[index]:
+            return "rebuild", emitted, int(self._answer_from[index])
+        return emitted
 
     def _epoch_is_durable(self, leader: str, epoch: int) -> None:
         behind = [lane.name for lane in self._order if lane.snapshots < epoch]
@@ -765,7 +881,7 @@ class _Reader:
                 merge.release(limit, self._bound())
             # More may be waiting: do not let the engine cool down for a millisecond.
             self._at_once = len(received) == want
-        if self._buckets is not None:
+        if self._buckets is not None and self._answer_from is None:
             if merge.ready:
                 limit = self._buckets.allowed(merge.next_lanes(limit))
             self._source.stats.throttled_s = self._buckets.throttled_s
@@ -1044,7 +1160,7 @@ class _Reader:
         if not self._source.keep_offsets:
             return
         offsets = [
-            TopicPartition(lane.topic, lane.partition, int(offset))
+            TopicPartition(lane.topic, lane.partition, max(int(offset), lane.answer_from))
             for lane, offset in zip(self._order, self._merge.emitted, strict=True)
         ]
         self._committing = True

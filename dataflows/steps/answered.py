@@ -9,7 +9,7 @@ import numpy as np
 from bytewax.dataflow import Stream, operator
 
 from dataflows.metrics import METRICS
-from features.batch import EventBatch
+from features.batch import Column, EventBatch
 from features.declare import FeatureSet
 from features.events import Event
 
@@ -22,11 +22,17 @@ def answered(
     sources: Sequence[type[Event]],
     topics: Sequence[str],
 ) -> Stream[EventBatch]:
-    """Pass events of the feature set's own type; the others are counted as applied."""
+    """Pass events of the feature set's own type; the others are counted as applied.
+
+    What an earlier life has answered (column ``known``, if there is one) is counted as rebuilt.
+    """
     code = sources.index(features.of)
 
     def run(batches: list[EventBatch]) -> Iterable[EventBatch]:
         for batch in batches:
+            if "known" in batch:
+                count_rebuilt(batch["source"][batch["known"]], topics)
+                batch = batch.take(~batch["known"])
             counts = np.bincount(batch["source"], minlength=len(sources))
             for other, topic in enumerate(topics):
                 if other != code:
@@ -37,3 +43,9 @@ def answered(
                 yield batch.take(batch["source"] == code)
 
     return op.flat_map_batch("select", up, run)
+
+
+def count_rebuilt(source: Column, topics: Sequence[str]) -> None:
+    """Count events, by their source codes, that have done nothing but move the windows again."""
+    for topic, n in zip(topics, np.bincount(source, minlength=len(topics)).tolist(), strict=True):
+        METRICS.count(topic, "rebuilt", n)

@@ -15,6 +15,7 @@ from dataflows.kafka.dead_letter import dead_letters
 from dataflows.kafka.records import OutRecords, Records
 from dataflows.measure import measured
 from dataflows.metrics import METRICS
+from dataflows.steps.answered import count_rebuilt
 from features.batch import EventBatch
 from features.events import EventDecoder, Refusal
 
@@ -38,7 +39,8 @@ def decode(
 
     Accepted events carry where they come from (``source``, ``partition``, ``offset``,
     ``append_time``) and ``seq``, their place in the worker's order. Refused ones become dead
-    letters with a reason.
+    letters with a reason. Where the source says which records are ``known`` (an earlier life has
+    answered them), so do the events; refused ones of these are only counted.
     """
     seq = 0
 
@@ -50,13 +52,18 @@ def decode(
                 records.source,
                 records.append_time,
             )
-            account(records, decoded.refused)
+            refused, known = decoded.refused, records.known
+            if refused and known is not None:  # those are dead letters already
+                rows = np.array([refusal.row for refusal in refused])
+                count_rebuilt(records.source[rows[known[rows]]], topics)
+                refused = [refusal for refusal in refused if not known[refusal.row]]
+            account(records, refused)
             METRICS.batch_events.observe(len(records))
-            if decoded.refused:
+            if refused:
                 yield dead_letters(
-                    [records.messages[refusal.row] for refusal in decoded.refused],
-                    [refusal.reason for refusal in decoded.refused],
-                    [refusal.detail for refusal in decoded.refused],
+                    [records.messages[refusal.row] for refusal in refused],
+                    [refusal.reason for refusal in refused],
+                    [refusal.detail for refusal in refused],
                 )
             if len(decoded.events) == 0:
                 continue
@@ -66,6 +73,8 @@ def decode(
             if measure.tracing is not None:
                 traced = measure.tracing.column(records.messages)
                 events = events.with_columns({"traceparent": traced[kept]})
+            if known is not None:
+                events = events.with_columns({"known": known[kept]})
             yield events.with_columns(
                 {
                     "source": records.source[kept],

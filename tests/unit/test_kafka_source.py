@@ -15,6 +15,7 @@ import pytest
 from bytewax.inputs import AbortExecution
 from confluent_kafka import KafkaError, Message, TopicPartition
 
+from dataflows.kafka import rebuild
 from dataflows.kafka import source as module
 from dataflows.kafka.errors import SourceError, StartupError
 from dataflows.kafka.records import Records
@@ -39,6 +40,11 @@ class Broker:
     committed: dict[tuple[str, int], int] = field(default_factory=dict)
     silent: set[tuple[str, int]] = field(default_factory=set)
     timestamp: int = 10**12
+    #: Timestamps of partitions whose records do not all have the one above.
+    times: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+
+    def timestamps(self, key: tuple[str, int]) -> list[int]:
+        return self.times.get(key, [self.timestamp] * len(self.logs[key]))
 
 
 class _Metadata:
@@ -101,6 +107,17 @@ class FakeConsumer:
             for at in partitions
         ]
 
+    def offsets_for_times(
+        self, partitions: list[TopicPartition], timeout: float
+    ) -> list[TopicPartition]:
+        found = []
+        for at in partitions:
+            times = self.broker.timestamps((at.topic, at.partition))
+            low = self.broker.low.get((at.topic, at.partition), 0)
+            later = [n for n, time in enumerate(times) if time >= at.offset and n >= low]
+            found.append(TopicPartition(at.topic, at.partition, min(later, default=-1)))
+        return found
+
     def poll(self, timeout: float) -> None: ...
 
     def consume(self, count: int, timeout: float) -> list[Message]:
@@ -117,7 +134,7 @@ class FakeConsumer:
                         partition=key[1],
                         offset=offset,
                         value=log[offset],
-                        timestamp=(1, self.broker.timestamp),
+                        timestamp=(1, self.broker.timestamps(key)[offset]),
                     )
                 )
             self.at[key] = stop
@@ -147,7 +164,8 @@ def broker(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> Iterator[Brok
             logs[topic, partition] = [value(topic, time) for time in times]
     broker = Broker(logs)
     FakeConsumer.broker, FakeConsumer.rng = broker, rng
-    monkeypatch.setattr(module, "Consumer", FakeConsumer)
+    for each in (module, rebuild):
+        monkeypatch.setattr(each, "Consumer", FakeConsumer)
     module._drain.clear()
     yield broker
     module._drain.clear()
@@ -169,7 +187,7 @@ class Engine:
     """One life of a Bytewax worker, resumed from `store`: part name → offset."""
 
     def __init__(
-        self, source: KafkaSource, store: dict[str, int], epoch: int, rng: random.Random
+        self, source: KafkaSource, store: dict[str, Any], epoch: int, rng: random.Random
     ) -> None:
         self.rng = rng
         self.now = 0
@@ -177,7 +195,7 @@ class Engine:
         self.first_epoch = epoch
         self.emitted: list[tuple[int, Row]] = []
         self.batches: list[Records] = []
-        self.snapshots: dict[int, dict[str, int]] = {}
+        self.snapshots: dict[int, dict[str, Any]] = {}
         self.parts: dict[str, _EnginePart] = {}
         self.aborted = False
         names = source.list_parts()
@@ -209,9 +227,7 @@ class Engine:
                 except AbortExecution:
                     self.aborted = True
             if now - state.started >= INTERVAL:
-                offset = state.part.snapshot()
-                assert type(offset) is int
-                self.snapshots.setdefault(state.epoch, {})[name] = offset
+                self.snapshots.setdefault(state.epoch, {})[name] = state.part.snapshot()
                 state.epoch += 1
                 state.started = now
         # The recovery store commits an epoch some time after the last part has left it.
@@ -219,7 +235,7 @@ class Engine:
         if self.durable < finished and self.rng.random() < 0.5:
             self.durable += 1
 
-    def crash(self, store: dict[str, int]) -> list[Row]:
+    def crash(self, store: dict[str, Any]) -> list[Row]:
         """End this life; update `store`, return the rows of its durable epochs."""
         for epoch in range(self.first_epoch, self.durable):
             store.update(self.snapshots[epoch])
@@ -486,3 +502,157 @@ def test_the_consumer_is_closed_with_the_last_part(broker: Broker) -> None:
     assert not consumer.closed  # type: ignore[attr-defined]
     parts[-1].close()
     assert consumer.closed  # type: ignore[attr-defined]
+
+
+# Rebuild
+
+HOUR = 3_600_000
+ANSWER_FROM = {("transactions", 0): 15, ("reports", 0): 12}
+#: The first record to be answered is the report of 12:00:00.001; this is five hours before it.
+SINCE = {("transactions", 0): 8, ("reports", 0): 7}
+
+
+@pytest.fixture
+def history(broker: Broker) -> Broker:
+    """A record an hour for 20 hours in each topic; the group stopped after 15 and 12 of them."""
+    broker.logs.clear()
+    broker.committed = dict(ANSWER_FROM)
+    for topic, after in (("transactions", 0), ("reports", 1)):
+        broker.times[topic, 0] = [hour * HOUR + after for hour in range(20)]
+        broker.logs[topic, 0] = [value(topic, time) for time in broker.times[topic, 0]]
+    return broker
+
+
+def rebuilding(**options: Any) -> KafkaSource:
+    return kafka_source(start="rebuild", reach_ms=5 * HOUR, **options)
+
+
+def until(engine: Engine, rows: int) -> None:
+    while len(engine.emitted) < rows:
+        engine.activate()
+
+
+def answered(engine: Engine) -> dict[Row, bool]:
+    """Return which of the rows emitted are to be answered."""
+    known = [each for batch in engine.batches for each in (batch.known.tolist())]
+    rows = [row for _, row in engine.emitted]
+    assert len(rows) == len(set(rows)) == len(known)
+    return {row: not each for row, each in zip(rows, known, strict=True)}
+
+
+def rows_from(begin: dict[tuple[str, int], int]) -> dict[Row, bool]:
+    """Return the rows from `begin` on, and which of them are to be answered."""
+    return {
+        (f"{topic}/00000", at): at >= ANSWER_FROM[topic, 0]
+        for (topic, _), first in begin.items()
+        for at in range(first, 20)
+    }
+
+
+def test_a_rebuild_reads_again_as_far_as_the_windows_reach(
+    history: Broker, rng: random.Random
+) -> None:
+    source = rebuilding()
+    engine = Engine(source, {}, 1, rng)
+    until(engine, 1)
+    assert source.stats.rebuilding
+    until(engine, 12 + 13)
+    assert answered(engine) == rows_from(SINCE)
+    assert not source.stats.rebuilding
+    times = [at for batch in engine.batches for at in batch.stream_time.tolist()]
+    assert times == sorted(times)
+
+
+def test_events_older_than_their_timestamps_are_reached_back_from(
+    history: Broker, rng: random.Random
+) -> None:
+    history.logs["reports", 0][12] = value("reports", 9 * HOUR + 1)  # came three hours late
+    engine = Engine(rebuilding(), {}, 1, rng)
+    until(engine, 15 + 16)
+    assert answered(engine) == rows_from({("transactions", 0): 5, ("reports", 0): 4})
+
+
+def test_a_flow_that_waits_for_events_reaches_back_from_now(
+    history: Broker, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history.committed = dict.fromkeys(history.logs, 20)
+    monkeypatch.setattr(module.time, "time", lambda: 22 * HOUR / 1000)
+    source = rebuilding()
+    engine = Engine(source, {}, 1, rng)
+    until(engine, 3 + 3)
+    assert set(answered(engine)) == {
+        (f"{topic}/00000", at) for topic, _ in history.logs for at in (17, 18, 19)
+    }
+    assert not any(answered(engine).values())
+    assert not source.stats.rebuilding
+
+
+@pytest.mark.parametrize("rng", range(25), indirect=True)
+def test_a_crash_in_mid_rebuild_answers_no_known_row(history: Broker, rng: random.Random) -> None:
+    store: dict[str, Any] = {}
+    kept: list[Row] = []
+    epoch, told = 1, dict(ANSWER_FROM)
+    to_answer: set[Row] = set()
+    while len(kept) < 12 + 13:
+        engine = Engine(rebuilding(), store, epoch, rng)
+        for _ in range(rng.randint(1, 40)):
+            engine.activate()
+            assert all(history.committed[key] >= at for key, at in told.items())
+        assert all(answer == rows_from(SINCE)[row] for row, answer in answered(engine).items())
+        to_answer |= {row for row, answer in answered(engine).items() if answer}
+        kept += engine.crash(store)
+        epoch = engine.durable
+    assert sorted(kept) == sorted(rows_from(SINCE))
+    assert to_answer == {row for row, answer in rows_from(SINCE).items() if answer}
+
+
+def test_an_unfinished_rebuild_is_not_given_up_unnoticed(
+    history: Broker, rng: random.Random
+) -> None:
+    store = {"transactions/00000": ("rebuild", 9, 15), "reports/00000": 13}
+    with pytest.raises(
+        StartupError, match="transactions/00000: the windows are not rebuilt.* 6 rec"
+    ):
+        Engine(kafka_source(), store, 1, rng)
+    engine = Engine(rebuilding(), store, 1, rng)
+    until(engine, 11 + 7)
+    assert answered(engine) == rows_from({("transactions", 0): 9, ("reports", 0): 13})
+
+
+def test_a_rebuild_says_what_retention_has_taken_from_it(
+    history: Broker, rng: random.Random, caplog: pytest.LogCaptureFixture
+) -> None:
+    history.low["transactions", 0] = 10
+    engine = Engine(rebuilding(), {}, 1, rng)
+    until(engine, 10 + 13)
+    assert answered(engine) == rows_from(SINCE | {("transactions", 0): 10})
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("transactions/00000: records before offset 10 were deleted")
+    assert "1970-01-01 07:00:00+00:00" in warnings[0]
+
+
+def test_a_group_that_has_read_nothing_begins_to_answer_at_the_end(
+    history: Broker, rng: random.Random, caplog: pytest.LogCaptureFixture
+) -> None:
+    history.committed.clear()
+    history.timestamp = 19 * HOUR
+    engine = Engine(rebuilding(), {}, 1, rng)
+    engine.activate()
+    assert history.committed == {("transactions", 0): 20, ("reports", 0): 20}
+    assert "the group 'g' has no offset of" in caplog.text
+    history.logs["transactions", 0].append(value("transactions", 20 * HOUR))
+    history.times["transactions", 0].append(20 * HOUR)
+    again = Engine(rebuilding(), {}, 1, rng)  # the first one crashed at once
+    until(again, 1)
+    while not any(answered(again).values()):
+        again.activate()
+    rows = answered(again)
+    assert [row for row, answer in rows.items() if answer] == [("transactions/00000", 20)]
+    assert {at for _, at in rows} == set(range(15, 21))
+
+
+def test_an_ordinary_start_pays_nothing_for_it(broker: Broker, rng: random.Random) -> None:
+    engine = Engine(kafka_source(), {}, 1, rng)
+    until(engine, 1)
+    assert all(batch.known is None for batch in engine.batches)

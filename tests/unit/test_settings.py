@@ -185,6 +185,15 @@ def test_thresholds_that_contradict_each_other(environment: pytest.MonkeyPatch) 
     assert load().block_threshold == 0.9
 
 
+def test_a_rebuild_excludes_what_contradicts_it(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("START_AT", "rebuild")
+    assert load().start_at == "rebuild"
+    environment.setenv("STATE_DIR", "state")
+    assert refusal().startswith("START_AT=rebuild and STATE_DIR both fill the windows")
+    environment.setenv("DELIVERY", "at_most_once")
+    assert refusal().startswith("START_AT=rebuild does not go with DELIVERY=at_most_once")
+
+
 def test_topics_that_are_the_same(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("AUDIT_TOPIC", "transactions")
     message = refusal()

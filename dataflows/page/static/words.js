@@ -89,6 +89,7 @@ export const OUTCOMES = {
   duplicate: "duplicates",
   dead_lettered: "dead-lettered",
   shed: "shed",
+  rebuilt: "read again",
 };
 export const DECISIONS = { approve: "approve", review: "review", block: "block" };
 export const MODES = { full: "model", cached: "last score", rule: "rule", shed: "not answered: shed" };
