@@ -230,15 +230,16 @@ def _scored(record: Record) -> tuple[str, float | None]:
     return body["transaction_id"], body["score"]
 
 
-def replayed(sent: Sequence[Item], state: Path) -> dict[str, bytes]:
+def replayed(sent: Sequence[Item], state: Path | None) -> dict[str, bytes]:
     """Return the features of each transaction sent, by its id, as the offline half computes them.
 
     In the order of sending, which is that of stream time; events sent again do not count.
     """
     topics = {"fraud_reports": 0, "transactions": 1}
     events = [item for item in sent if item.event_id is not None and not item.again]
-    start = StateDir(state, FRAUD, SHARDS)
-    replay = Replay(FRAUD, SOURCES, start.manifest.shards, start=start)
+    start = None if state is None else StateDir(state, FRAUD, SHARDS)
+    shards = SHARDS if start is None else start.manifest.shards
+    replay = Replay(FRAUD, SOURCES, shards, start=start)
     decoder = EventDecoder(SOURCES)
     vectors: dict[str, bytes] = {}
     for begin in range(0, len(events), _CHUNK):
