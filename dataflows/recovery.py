@@ -62,8 +62,9 @@ FORMAT = 1
 MANIFEST = "store.json"
 
 _NEW_DIRECTORY = (
-    "name a new recovery directory with -r: the flow then reads its topics anew (START_AT), its "
-    "windows begin with STATE_DIR, or empty, and what it reads again it may also write again"
+    "name a new recovery directory with -r: START_AT=rebuild goes on where GROUP_ID stopped, with "
+    "windows that it fills from the topics; otherwise the topics are read anew (START_AT), the "
+    "windows begin with STATE_DIR, or empty, and what is read again may also be written again"
 )
 #: What values of int, bytes, str, None, bool and tuples are pickled to (protocol 4 and 5).
 _PLAIN_OPCODES = frozenset(

@@ -195,7 +195,7 @@ def check(layout: Layout, stored: Base | Page) -> None:
             raise ValueError(
                 f"the {name} of the journal's page are {head[name]!r}, this version has "
                 f"{expected!r}; let the version that wrote it write all shards once (run it as a "
-                "cluster), or start from an offline state"
+                "cluster), or fill the windows anew (docs/upgrades.md)"
             )
 
 

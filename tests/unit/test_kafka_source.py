@@ -187,7 +187,12 @@ class Engine:
     """One life of a Bytewax worker, resumed from `store`: part name → offset."""
 
     def __init__(
-        self, source: KafkaSource, store: dict[str, Any], epoch: int, rng: random.Random
+        self,
+        source: KafkaSource,
+        store: dict[str, Any],
+        epoch: int,
+        rng: random.Random,
+        topic: str = "",
     ) -> None:
         self.rng = rng
         self.now = 0
@@ -198,7 +203,8 @@ class Engine:
         self.snapshots: dict[int, dict[str, Any]] = {}
         self.parts: dict[str, _EnginePart] = {}
         self.aborted = False
-        names = source.list_parts()
+        # The others are another worker's.
+        names = [name for name in source.list_parts() if name.startswith(topic)]
         rng.shuffle(names)
         for name in sorted(names, key=lambda name: name not in store):
             # Parts with a snapshot are built in activations of their own, the rest in one.
@@ -572,6 +578,14 @@ def test_events_older_than_their_timestamps_are_reached_back_from(
     assert answered(engine) == rows_from({("transactions", 0): 5, ("reports", 0): 4})
 
 
+def test_what_another_worker_answers_first_is_reached_back_from_too(
+    history: Broker, rng: random.Random
+) -> None:
+    engine = Engine(rebuilding(phase_keeping=False), {}, 1, rng, "transactions")
+    until(engine, 12)
+    assert answered(engine) == rows_from({("transactions", 0): SINCE["transactions", 0]})
+
+
 def test_a_flow_that_waits_for_events_reaches_back_from_now(
     history: Broker, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,7 +608,7 @@ def test_a_crash_in_mid_rebuild_answers_no_known_row(history: Broker, rng: rando
     epoch, told = 1, dict(ANSWER_FROM)
     to_answer: set[Row] = set()
     while len(kept) < 12 + 13:
-        engine = Engine(rebuilding(), store, epoch, rng)
+        engine = Engine(rebuilding(batch_size=1), store, epoch, rng)
         for _ in range(rng.randint(1, 40)):
             engine.activate()
             assert all(history.committed[key] >= at for key, at in told.items())
