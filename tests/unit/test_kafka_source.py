@@ -534,8 +534,11 @@ def rebuilding(**options: Any) -> KafkaSource:
 
 
 def until(engine: Engine, rows: int) -> None:
-    while len(engine.emitted) < rows:
+    for _ in range(10_000):
+        if len(engine.emitted) >= rows:
+            return
         engine.activate()
+    pytest.fail(f"only {len(engine.emitted)} rows of {rows}")
 
 
 def answered(engine: Engine) -> dict[Row, bool]:
