@@ -44,6 +44,10 @@ demo: $(STAMP) ## from nothing to scored transactions on screen (RATE=events/s D
 chaos: $(STAMP) ## the whole kill matrix on Apache Kafka, half an hour (CHAOS_SEED=… repeats); rewrites its page
 	$(BIN)/python -m pytest -q -s tests/chaos/full.py
 
+.PHONY: drill
+drill: $(STAMP) ## lose the flow's state on Apache Kafka, restore a backup, then rebuild it without one; two minutes
+	$(BIN)/python -m tests.chaos.drill
+
 .PHONY: bench bench-peers
 bench: $(STAMP) ## rates, latencies, stages and live state on Apache Kafka, 40 minutes; rewrites its page
 	$(BIN)/python -m benchmarks
