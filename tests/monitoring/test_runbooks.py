@@ -116,3 +116,21 @@ def test_jq_finds_what_a_record_has(arguments: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() not in (b"", b"null")
+
+
+def test_the_operations_guide_lists_the_alerts() -> None:
+    guide = (ROOT / "docs" / "operations.md").read_text()
+    listed = re.findall(r"^\| \[(\w+)\]\(runbooks\.md#(\w+)\)", guide, re.M)
+    assert sorted(name for name, _ in listed) == sorted({rule["alert"] for rule in alerts()})
+    assert all(anchor == name.lower() for name, anchor in listed)
+
+
+@pytest.mark.parametrize("page", ["operations.md", "upgrades.md"])
+def test_links_of_the_guides_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "docs" / page).read_text()):
+        file, _, anchor = target.partition("#")
+        found = ROOT / "docs" / (file or page)
+        assert found.exists(), target
+        headings = re.findall(r"^#+ (.*)$", found.read_text(), re.M) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+        assert not anchor or anchor in anchors, target
