@@ -624,3 +624,20 @@ def test_a_screen_reader_finds_tables_headings_and_names(shown: Page) -> None:
         assert "Pause" in found["button"]
         assert {"main", "banner", "contentinfo", "search", "status"} <= found.keys()
         assert not [name for name in found["button"] if not name]
+
+
+@pytest.mark.parametrize("feed", [3], indirect=True)
+@pytest.mark.parametrize("width", [1280, 400])
+def test_ids_are_not_broken(shown: Page, width: int) -> None:
+    ids = ("transaction", "card12345678", "terminal1234")
+    names = ("transaction_id", "card_id", "terminal_id")
+    shown.feed.flag(dict(zip(names, ids, strict=True)))
+    look(shown.browser, width)
+    shown.open()
+    lines = shown.browser.execute_script(
+        "return [...document.querySelectorAll('.list code, .list .link')]"
+        ".map((id) => [id.textContent, id.getClientRects().length, id.offsetHeight,"
+        " parseFloat(getComputedStyle(id).lineHeight)])"
+    )
+    found = {text: height < 2 * line for text, rects, height, line in lines if rects == 1}
+    assert [found.get(each) for each in ids] == [True] * 3, lines
