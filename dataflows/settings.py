@@ -314,6 +314,8 @@ def load(**overrides: Any) -> Settings:
     if secrets is not None and not Path(secrets).is_dir():
         raise SettingsError(f"SECRETS_DIR={secrets}: there is no such directory")
     try:
+        if secrets is not None:
+            _refuse_empty(Path(secrets))
         return Settings(_env_file=file, _secrets_dir=secrets, **overrides)  # type: ignore[call-arg]
     except (OSError, UnicodeDecodeError, UnreadableError) as error:
         named = {"SETTINGS_FILE": file, "SECRETS_DIR": secrets}
@@ -321,6 +323,23 @@ def load(**overrides: Any) -> Settings:
         raise SettingsError(f"{given} cannot be read: {error.__cause__ or error}") from None
     except ValidationError as error:
         raise SettingsError(_explain(error)) from None
+
+
+def _refuse_empty(secrets: Path) -> None:
+    """Raise SettingsError if a secret that is not given otherwise is an empty file."""
+    empty = [
+        file.name
+        for file in sorted(secrets.iterdir())
+        if file.name.lower() in Settings.model_fields
+        and not os.environ.get(file.name.upper())
+        and file.is_file()
+        and not file.read_text().strip()
+    ]
+    if empty:
+        raise SettingsError(
+            f"SECRETS_DIR={secrets}: nothing is in {', '.join(empty)}. "
+            "Write the secret into the file, or remove it where none is needed"
+        )
 
 
 def load_for_tools(bootstrap_servers: str | None = None) -> Settings:

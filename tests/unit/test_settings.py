@@ -230,6 +230,19 @@ def test_a_file_that_is_not_there(environment: pytest.MonkeyPatch, tmp_path: Pat
     assert load().shards == SHARDS
 
 
+def test_an_empty_secret_is_no_secret(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.setenv("SECRETS_DIR", str(tmp_path))
+    (tmp_path / "KAFKA_SASL_PASSWORD").write_text("\n")
+    (tmp_path / "PAGE_TOKEN").write_text("")
+    (tmp_path / "ca.pem").write_text("")  # no setting
+    assert refusal().startswith(
+        f"SECRETS_DIR={tmp_path}: nothing is in KAFKA_SASL_PASSWORD, PAGE_TOKEN. Write the secret"
+    )
+    (tmp_path / "KAFKA_SASL_PASSWORD").write_text("secret\n")
+    environment.setenv("PAGE_TOKEN", "given otherwise")
+    assert load().page_token.get_secret_value() == "given otherwise"
+
+
 def test_a_file_that_is_no_text(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\0")
     environment.setenv("SETTINGS_FILE", str(tmp_path / "binary"))
