@@ -760,6 +760,7 @@ class _Reader:
         if source.stats.outage_since is not None:
             self._ask_for_brokers()
         records = self._read(max(1, source.batch_size()))
+        known_below, self._answer_from = self._answer_from, self._still_to_rebuild()
         idle = records is None and not self._merge.buffered
         self._empty_turns = self._empty_turns + 1 if idle else 0
         if records is None:
@@ -767,7 +768,7 @@ class _Reader:
                 self._drain_after = leader.snapshots
             return []
         if source.start == "rebuild":
-            records = self._mark_known(records)
+            records = replace(records, known=self._known(records, known_below))
         for code, count in enumerate(np.bincount(records.source).tolist()):
             if count:
                 source.stats.read[source.topics[code].name] += count
@@ -777,17 +778,22 @@ class _Reader:
         self._gave = True
         return [records]
 
-    def _mark_known(self, records: Records) -> Records:
-        if self._answer_from is None:
-            return replace(records, known=np.zeros(len(records), np.bool_))
-        lane = self._table[records.source, records.partition]
-        known = records.offset < self._answer_from[lane]
-        if all(map(self._is_rebuilt, range(len(self._order)))):
-            self._answer_from = None
-            self._source.stats.rebuilding = False
-            self._observe()
-            logger.info("the windows are rebuilt: all that comes now is answered")
-        return replace(records, known=known)
+    def _known(self, records: Records, below: Int64s | None) -> npt.NDArray[np.bool_]:
+        """Tell which records an earlier life has answered; `below`: offset of each lane."""
+        if below is None:
+            return np.zeros(len(records), np.bool_)
+        known: npt.NDArray[np.bool_] = (
+            records.offset < below[self._table[records.source, records.partition]]
+        )
+        return known
+
+    def _still_to_rebuild(self) -> Int64s | None:
+        if self._answer_from is None or not all(map(self._is_rebuilt, range(len(self._order)))):
+            return self._answer_from
+        self._source.stats.rebuilding = False
+        self._observe()
+        logger.info("the windows are rebuilt: all that comes now is answered")
+        return None
 
     def _is_rebuilt(self, index: int) -> bool:
         lane, merge = self._order[index], self._merge

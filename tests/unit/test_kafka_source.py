@@ -42,6 +42,8 @@ class Broker:
     timestamp: int = 10**12
     #: Timestamps of partitions whose records do not all have the one above.
     times: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    #: Partitions whose last offset is no record, as after a transaction.
+    marked: set[tuple[str, int]] = field(default_factory=set)
 
     def timestamps(self, key: tuple[str, int]) -> list[int]:
         return self.times.get(key, [self.timestamp] * len(self.logs[key]))
@@ -127,7 +129,7 @@ class FakeConsumer:
         for key in keys:
             log, start = self.broker.logs[key], self.at[key]
             stop = min(len(log), start + self.rng.randint(0, 12), start + count - len(out))
-            for offset in range(start, stop):
+            for offset in range(start, stop - (key in self.broker.marked and stop == len(log))):
                 out.append(
                     Message(
                         topic=key[0],
@@ -647,6 +649,19 @@ def test_a_rebuild_says_what_retention_has_taken_from_it(
     assert len(warnings) == 1
     assert warnings[0].startswith("transactions/00000: records before offset 10 were deleted")
     assert "1970-01-01 07:00:00+00:00" in warnings[0]
+
+
+def test_a_rebuild_ends_before_a_marker(history: Broker, rng: random.Random) -> None:
+    history.committed = dict.fromkeys(history.logs, 20)
+    history.marked = set(history.logs)
+    source = kafka_source(start="rebuild", reach_ms=10**15)
+    engine = Engine(source, {}, 1, rng)
+    until(engine, 19 + 19)
+    for _ in range(100):
+        engine.activate()
+    assert not source.stats.rebuilding
+    assert not any(answered(engine).values())
+    assert all(type(each) is int for each in list(engine.snapshots.values())[-1].values())
 
 
 def test_a_group_that_has_read_nothing_begins_to_answer_at_the_end(
