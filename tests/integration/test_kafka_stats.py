@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -163,6 +164,19 @@ def test_the_end_of_an_outage_is_noticed_and_told_first(broker: DevBroker, traff
     assert first[1:] == (False, 10), "told before what came in it was emitted"
 
 
+def full_soon(
+    broker: DevBroker,
+) -> AbstractContextManager[tuple[KafkaSource, Callable[[], int]]]:
+    """Return what `reading` does, of a source that emits a record a minute.
+
+    It asks for more at each turn, so it goes on reading: the rest of what comes waits.
+    """
+    turns = count(1)
+    return reading(
+        broker, rate_limit=(1 / 60, 1), buffer_records=100, batch_size=lambda: next(turns)
+    )
+
+
 def filled(producer: Producer, turn: Callable[[], int], source: KafkaSource) -> None:
     """Read until a buffer is full and its partition paused."""
     sent(producer, 2_000)
@@ -176,11 +190,7 @@ def filled(producer: Producer, turn: Callable[[], int], source: KafkaSource) -> 
 
 def test_lag_grows_while_the_buffers_are_full(broker: DevBroker) -> None:
     producer = producer_of(broker)
-    # One record a minute may pass.
-    with reading(broker, rate_limit=(1 / 60, 1), buffer_records=100, batch_size=199) as (
-        source,
-        turn,
-    ):
+    with full_soon(broker) as (source, turn):
         filled(producer, turn, source)
         sent(producer, 1_000)
 
@@ -193,10 +203,7 @@ def test_lag_grows_while_the_buffers_are_full(broker: DevBroker) -> None:
 
 def test_an_outage_is_noticed_while_the_buffers_are_full(broker: DevBroker) -> None:
     producer = producer_of(broker)
-    with reading(broker, rate_limit=(1 / 60, 1), buffer_records=100, batch_size=199) as (
-        source,
-        turn,
-    ):
+    with full_soon(broker) as (source, turn):
         filled(producer, turn, source)
         for down in (True, False):
             (broker.broker_down if down else broker.broker_up)()
