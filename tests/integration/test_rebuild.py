@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -95,12 +96,27 @@ def transaction_ids(items: Sequence[Item]) -> set[str]:
     return {str(item.event_id) for item in items if item.topic == "transactions"}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+def with_duplicates(items: Sequence[Item], rng: random.Random) -> list[Item]:
+    """Let one in ten events come again, after the next one."""
+    found: list[Item] = []
+    again: Item | None = None
+    for item in items:
+        found.append(item)
+        if again is not None:
+            found.append(replace(again, stream_time=item.stream_time, again=True))
+        again = item if rng.random() < 0.1 else None
+    return found
+
+
+@pytest.mark.parametrize(("processes", "dedupe"), [(1, False), (1, True), (2, False)])
 def test_a_lost_store_is_rebuilt_without_a_trace(
-    kafka: TestBroker, flow_env: FlowEnv, start: Start, processes: int
+    kafka: TestBroker, flow_env: FlowEnv, start: Start, processes: int, dedupe: bool
 ) -> None:
     """Each event has one prediction, and its features are those of an uninterrupted replay."""
     sent = history(random.Random(1))
+    if dedupe:
+        sent = with_duplicates(sent, random.Random(2))
+        flow_env.variables |= {"DEDUPE": "true", "DEDUPE_HORIZON_S": "7200"}
     before, later = sent[:3800], sent[3800:]
     lose_the_store(flow_env, before)
     produce(flow_env, later)
@@ -132,6 +148,7 @@ def test_a_lost_store_is_rebuilt_without_a_trace(
     # Not from the beginning of the topic: what no window reaches is not read.
     print(account)
     assert 200 < account["rebuilt"] < stopped_at - 200
+    assert (account["duplicate"] > 100) == dedupe
     assert balance(cluster, flow_env.topics["fraud_reports"])["rebuilt"] > 50
     assert cluster.said().count("the windows are rebuilt") == processes
 
