@@ -105,6 +105,7 @@ def test_one_of_three_brokers_goes(three: Make, delivery: str, troubles: list[st
             broker = next(each for each in writes if each in reads)
             assert broker is not None
             (cluster.stop if trouble == "leader stops" else cluster.kill)(broker)
+            trial.killed_leaders += trouble == "leader dies"
         trial.await_answers()
     trial.finish()
 
