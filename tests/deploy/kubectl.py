@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-HOME = Path(os.environ["KUBECTL_STATE"])
+HOME = Path(os.environ.get("KUBECTL_STATE", "."))  # "." when it is only imported, by doctest
 STATE = HOME / "cluster.json"
 
 
