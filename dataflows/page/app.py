@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -278,10 +278,13 @@ def _same(given: str, expected: str) -> bool:
 async def _form(request: Request) -> dict[str, str]:
     """Return the fields of a form, each the first one of its name."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MOST_FORM_BYTES:
-            raise HTTPException(413, f"a form has {_MOST_FORM_BYTES:,} bytes at most")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _MOST_FORM_BYTES:
+                raise HTTPException(413, f"a form has {_MOST_FORM_BYTES:,} bytes at most")
+    except ClientDisconnect:
+        raise HTTPException(400, "the form came in part only") from None
     fields = parse_qs(body.decode("utf-8", "replace"))
     return {name: values[0] for name, values in fields.items()}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -346,3 +348,18 @@ def test_a_flood_at_the_login_is_cut_off(locked_page: Server) -> None:
 def test_without_a_token_there_is_no_login(open_page: Server) -> None:
     assert ask(open_page, "/login").headers["location"] == "/"
     assert b"Sign out" not in ask(open_page, "/").body
+
+
+@pytest.mark.parametrize("path", ["/login", "/api/flagged"])
+def test_who_hangs_up_in_the_middle_of_a_form_is_nobody_s_error(
+    locked_page: Server, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+    with socket.create_connection(("127.0.0.1", locked_page.port)) as connection:
+        connection.sendall(f"{head}Content-Length: 500\r\n\r\ntoken={TOKEN}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(5)
+        while connection.recv(4096):
+            pass
+    assert ask(locked_page, "/login").code == 200
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
