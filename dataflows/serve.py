@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _START_WITHIN_S = 10.0
 #: What is served is small and for few; more connections than this get 503.
 _MOST_CONNECTIONS = 500
-#: Who connects and asks for nothing is hung up on, lest the probes find no room.
+#: Who asks for nothing, or in part, or takes no answer, is hung up on: the probes need room.
 _SILENCE_S = 5.0
 
 _WHY = {
@@ -90,14 +90,37 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Impatient(H11Protocol):
-    """HTTP/1.1 for those who ask: a connection without a request is closed after `_SILENCE_S`."""
+    """HTTP/1.1 for those who ask.
+
+    A connection is closed `_SILENCE_S` after it was made, or its last answer given, unless a whole
+    request has come; and after as long again unless that is answered, and the answer taken.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_SILENCE_S, self._hang_up)
+        self._watch()
 
-    def _hang_up(self) -> None:
-        if not self.cycle and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watching.cancel()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watching.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self, *, again: bool = False) -> None:
+        self._watching = self.loop.call_later(_SILENCE_S, self._hang_up, again)
+
+    def _hang_up(self, again: bool) -> None:
+        cycle = self.cycle
+        asked = bool(cycle) and not cycle.response_complete and not cycle.more_body
+        answering = asked or self.transport.get_write_buffer_size() > 0
+        if answering and not again:
+            self._watch(again=True)
+        elif answering:
+            self.transport.abort()
+        elif not self.transport.is_closing():
             self.transport.close()
 
 
