@@ -13,7 +13,7 @@ from confluent_kafka import Message
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from dataflows import tracing as module
-from dataflows.tracing import MOST_EVENTS, Tracing, sampled
+from dataflows.tracing import MOST_EVENTS, MOST_LINKS, Tracing, sampled
 from features.batch import EventBatch
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -132,6 +132,14 @@ def test_a_sender_that_samples_everything_is_followed_in_part(
         assert headers is not None and all(headers)
         followed += sum(header != [("traceparent", SAMPLED)] for header in headers)
     assert followed == MOST_EVENTS
+    for _ in range(20):
+        tracing.step("score", 0.1, [batch(*every)])
     now_s = 8.0
     headers = tracing.headers(batch(SAMPLED), ["full"])
     assert headers != [[("traceparent", SAMPLED)]]
+    tracing.step("emit", 0.1, [batch(SAMPLED)])
+    tracing.close()
+    steps = [span for span in spans.get_finished_spans() if span.name != "predict"]
+    assert steps.pop().name == "emit"
+    assert {span.name for span in steps} == {"score"}
+    assert sum(1 + len(span.links) for span in steps) == MOST_LINKS
