@@ -213,6 +213,35 @@ def test_the_youngest_event_of_an_interval_decides() -> None:
     assert control.level == 0
 
 
+@pytest.mark.parametrize(("ages_s", "rises"), [((0.1, 9.0, 3.0), False), ((0.6, 9.0), True)])
+def test_of_a_batch_the_youngest_event_decides(ages_s: tuple[float, ...], rises: bool) -> None:
+    clock = Clock()
+    control = overload("sample", clock)
+    clock.s += 60
+    for _ in range(4):
+        clock.s += INTERVAL_S
+        appended = ((clock.s - np.array(ages_s)) * 1000).astype(np.int64)
+        control.ways(appended, np.zeros(len(ages_s), bool), np.zeros(len(ages_s), np.int64))
+    assert (control.level > 0) == rises
+
+
+def test_an_input_that_is_empty_here_does_not_hide_a_queue_elsewhere() -> None:
+    """A process of a cluster reads nothing itself, and scores what others have read."""
+    clock = Clock()
+    control = overload("sample", clock)
+    clock.s += 60
+    for _ in range(4):
+        clock.s += INTERVAL_S
+        old = np.array([(clock.s - 2) * 1000]).astype(np.int64)
+        control.ways(old, np.zeros(1, bool), np.zeros(1, np.int64))
+        control.idle()
+    assert control.level == 4, "once an interval"
+    for _ in range(20 * CALM_INTERVALS):
+        clock.s += INTERVAL_S
+        control.idle()
+    assert control.level == 0
+
+
 def test_what_came_while_the_flow_was_down_does_not_count_for_the_level() -> None:
     clock = Clock()
     control = overload("degrade", clock)
