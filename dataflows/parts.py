@@ -8,23 +8,28 @@ A store has a fixed number of parts, and part *n* belongs to the process *n* mod
 ``split`` makes the parts of one process, before its first start; safe to repeat: parts that are
 there stay as they are. ``move`` rescales: give it the directories of all processes, old and new, in
 the order of their ids, while none runs; it puts each part where it belongs. Killed half-way, call
-it again. The number of parts bounds the number of processes, and stays.
+it again. Parts that a new process has made meanwhile are empty, and give way to those with state.
+The number of parts bounds the number of processes, and stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bytewax.recovery import init_db_dir
 
 from dataflows import recovery
 from dataflows.recovery import MANIFEST, RecoveryError
+
+#: Ends the name of a part's whole copy, as long as what it was copied from is there.
+_MOVED = ".moved"
 
 
 def split(directory: Path, process: int, processes: int, parts: int) -> list[int]:
@@ -42,6 +47,11 @@ def split(directory: Path, process: int, processes: int, parts: int) -> list[int
             "none. The number of parts is chosen at the first start, and stays"
         )
     recovery.make_private(directory)
+    if unfinished := sorted(directory.glob(f"*{_MOVED}")):
+        raise RecoveryError(
+            f"{unfinished[0]}: a move of the parts was cut short. Finish it: "
+            "python -m dataflows.parts move"
+        )
     wanted = {_name(n): (n, parts) for n in mine}
     found = recovery.parts_of(directory)
     for path in found:
@@ -74,8 +84,11 @@ def move(directories: Sequence[Path], processes: int) -> dict[int, Path]:
     """Put each part of a store into the directory of its process; return where each part is.
 
     `directories` are those of all processes that were or will be, by id; a new one may be empty, or
-    not be there. Each part is copied whole before it is deleted. Raises RecoveryError if a process
-    runs in one of them, or if they do not hold each part of one store.
+    not be there. A part is deleted only behind its whole copy; until then the copy has another
+    name, and a later move makes it anew. Of parts that are there more than once, one with state
+    goes before empty ones. Raises RecoveryError if a process runs in one of the directories, if
+    they do not hold each part of one store, or if two parts of one number have state, and not the
+    same: then nothing has been moved.
     """
     if not 1 <= processes <= len(directories):
         raise RecoveryError(
@@ -83,6 +96,7 @@ def move(directories: Sequence[Path], processes: int) -> dict[int, Path]:
             "each process, those of before included"
         )
     held: dict[int, list[Path]] = {}
+    copied: dict[int, list[Path]] = {}  # by a move that was cut short
     counts = set()
     for directory in directories:
         recovery.make_private(directory)
@@ -91,6 +105,11 @@ def move(directories: Sequence[Path], processes: int) -> dict[int, Path]:
         for path in recovery.parts_of(directory):
             ((index, count),) = recovery.progress([path]).parts
             held.setdefault(index, []).append(path)
+            counts.add(count)
+        for path in directory.glob(f"*{_MOVED}"):
+            ((index, count),) = recovery.progress([path]).parts
+            held.setdefault(index, [])
+            copied.setdefault(index, []).append(path)
             counts.add(count)
     if len(counts) != 1 or set(held) != set(range(*counts)):
         of = " or ".join(map(str, sorted(counts))) or "no"
@@ -103,19 +122,23 @@ def move(directories: Sequence[Path], processes: int) -> dict[int, Path]:
             f"the store has {len(held)} parts, too few for {processes} processes. Export the state "
             "(python -m dataflows.state export) and begin a store with more parts from it"
         )
+    kept = {index: _chosen(parts, copied.get(index, [])) for index, parts in held.items()}
     manifest = _manifest(directories)
     placed = {}
-    for index, copies in sorted(held.items()):
+    for index, source in sorted(kept.items()):
         home = directories[index % processes] / _name(index)
+        copy = home.with_name(home.name + _MOVED)
         with recovery.writing(home.parent):
-            if home not in copies:
-                _copy(copies[0], home)
             if manifest is not None and not (home.parent / MANIFEST).exists():
                 _copy(manifest, home.parent / MANIFEST)
-            for path in copies:
-                if path != home:
-                    for file in [path, *_beside(path)]:
-                        file.unlink(missing_ok=True)
+            _delete(path for path in copied.get(index, []) if path != source)
+            if source not in (home, copy):
+                _copy(source, copy)
+            _delete(path for path in [*held[index], source] if path not in (home, copy))
+            if source != home:
+                _delete(_beside(home))
+                copy.rename(home)
+                _delete(_beside(copy))
         placed[index] = home
     return placed
 
@@ -124,13 +147,35 @@ def _manifest(directories: Sequence[Path]) -> Path | None:
     return next((d / MANIFEST for d in directories if (d / MANIFEST).exists()), None)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file, to another volume as well: whole, or not at all.
+def _chosen(parts: Sequence[Path], copied: Sequence[Path]) -> Path:
+    """Return which of the files of one part is the store's; raise RecoveryError if unknown.
 
-    Not a part that is in use: all of it is in the one file once SQLite has closed it.
+    The copies of a move that was cut short matter only if what they were made of is gone.
     """
-    if any(log.stat().st_size for log in _beside(source) if log.exists()):
-        recovery.fold_log(source)
+    for path in parts:
+        _fold_log(path)
+    for paths in (parts, copied):
+        with_state = [path for path in paths if not recovery.is_empty(path)]
+        for path in with_state[1:]:
+            if not filecmp.cmp(with_state[0], path, shallow=False):
+                raise RecoveryError(
+                    f"{with_state[0]} and {path} are the same part with different content: delete "
+                    "the one that the flow did not run with last, and call this again. Nothing "
+                    "has been moved"
+                )
+        if with_state:
+            return with_state[0]
+    return [*parts, *copied][0]
+
+
+def _fold_log(part: Path) -> None:
+    """Put all of a part into its one file. Not while it is in use."""
+    if any(log.stat().st_size for log in _beside(part) if log.exists()):
+        recovery.fold_log(part)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, to another volume as well: whole, or not at all."""
     for log in _beside(target):  # of a part of this name that was here once
         log.unlink(missing_ok=True)
     new = target.with_name(f".{target.name}.new")  # which the engine does not take for a part
@@ -139,6 +184,17 @@ def _copy(source: Path, target: Path) -> None:
         written.flush()
         os.fsync(written.fileno())
     new.rename(target)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _delete(files: Iterable[Path]) -> None:
+    for file in files:
+        for each in [file, *_beside(file)]:
+            each.unlink(missing_ok=True)
 
 
 def _beside(part: Path) -> list[Path]:

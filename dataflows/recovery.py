@@ -618,6 +618,16 @@ def progress(parts: Collection[Path]) -> Progress:
     return found
 
 
+def is_empty(part: Path) -> bool:
+    """Tell whether no flow has run with a part."""
+    with _open(part) as connection:
+        found = [
+            connection.execute(f"SELECT EXISTS (SELECT * FROM {table})").fetchone()[0]
+            for table in ("exs", "fronts", "commits", "snaps")
+        ]
+    return not any(found)
+
+
 def together(found: Collection[Progress]) -> Progress:
     """Put together what the processes of a cluster have found, each in a directory of its own.
 

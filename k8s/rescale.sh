@@ -37,15 +37,23 @@ processes=$(jq .spec.replicas <<<"$set")
 config=$(jq '.[] | select(.kind == "ConfigMap" and .data.PROCESSES and .data.hosts) | .data' <<<"$wanted")
 [[ -n $config ]] || fail "$overlay is not a cluster: no ConfigMap of it has PROCESSES and hosts"
 said=$(jq -r .PROCESSES <<<"$config")
-hosts=$(jq -r '.hosts | split("\n") | map(select(. != "")) | length' <<<"$config")
+hosts=$(jq -r '.hosts | split("\n") | map(select(. != "")) | join(" ")' <<<"$config")
+service=$(jq -r .spec.serviceName <<<"$set")
+expected=$(for ((n = 0; n < processes; n++)); do printf '%s ' "$name-$n.$service:9999"; done)
+parts=$(jq -r '.spec.template.spec.initContainers[] | select(.name == "recovery-parts").args[]
+    | select(startswith("--parts=")) | ltrimstr("--parts=")' <<<"$set")
 ((processes > 0)) || fail "replicas is $processes in $overlay: say how many processes there shall be"
-[[ $said == "$processes" && $hosts == "$processes" ]] ||
-    fail "$overlay contradicts itself: replicas $processes, PROCESSES $said, $hosts lines of hosts"
+[[ $said == "$processes" && $hosts == "${expected% }" ]] ||
+    fail "$overlay contradicts itself: replicas $processes, PROCESSES $said, hosts $hosts"
+((processes <= parts)) ||
+    fail "a store of $parts parts is for $parts processes at most, and $overlay wants $processes"
 
 k() { kubectl --namespace "$namespace" "$@"; }
 
 k get statefulset "$name" --output=name >/dev/null ||
     fail "there is no StatefulSet $name in the namespace $namespace; a first start needs only kubectl apply -k $overlay"
+kubectl apply -k "$overlay" --dry-run=server >/dev/null ||
+    fail "the API server does not take $overlay. Nothing has been changed"
 
 # Drain. Pods that are gone already stay gone.
 echo "scaling $namespace/$name to 0"
@@ -79,7 +87,7 @@ jq --arg job "$job" --argjson processes "$processes" --argjson every "$every" --
         apiVersion: "batch/v1", kind: "Job",
         metadata: {name: $job},
         spec: {backoffLimit: 0, template: {
-            metadata: {labels: {"app.kubernetes.io/component": "rescale"}},
+            metadata: {labels: {"app.kubernetes.io/name": $name, "app.kubernetes.io/component": "rescale"}},
             spec: ({
                 restartPolicy: "Never",
                 containers: [{
@@ -110,7 +118,7 @@ for ((waited = 0; waited < timeout; waited += 2)); do
 done
 k logs "job/$job" || true
 [[ $state == Complete ]] || fail "the parts were not moved (${state:-no end within $timeout s}). Nothing runs, replicas stay 0, \
-and no part is lost: kubectl -n $namespace describe job $job says more. Mend that and run this again"
+and no part with state is lost: kubectl -n $namespace describe job $job says more. Mend that and run this again"
 k delete job "$job" --cascade=foreground
 
 kubectl apply -k "$overlay"

@@ -108,6 +108,8 @@ def answer(arguments: list[str], given: str) -> int:
             print(json.dumps({"items": [{"metadata": {"name": name}} for name in names]}))
         case ["apply", "-f", "-"]:
             apply(cluster, json.loads(given))
+        case ["apply", "-k", overlay] if "--dry-run=server" in arguments:
+            return 1 if cluster.get("refuses") else 0
         case ["apply", "-k", overlay]:
             for resource in rendered(overlay):
                 apply(cluster, resource)

@@ -167,24 +167,51 @@ def test_processes_that_do_not_end_are_not_moved_away_from(cluster: Cluster) -> 
     assert done.returncode == 1
     assert "not all processes have ended within 4 s" in done.stderr
     assert len(cluster.state["claims"]) == 2
-    assert not any(call.startswith("apply") for call in cluster.state["calls"])
+    applied = [call for call in cluster.state["calls"] if call.startswith("apply")]
+    assert all("--dry-run=server" in call for call in applied)
 
 
 def test_more_processes_than_parts_are_refused(cluster: Cluster) -> None:
     cluster.want(PARTS + 1)
     done = cluster.rescale()
     assert done.returncode == 1
-    assert "8 parts, too few for 9 processes" in done.stdout
+    assert "8 parts is for 8 processes at most" in done.stderr
+    cluster.check(2)
     cluster.want(PARTS)
     assert cluster.rescale().returncode == 0
     cluster.check(PARTS)
+
+
+def test_an_overlay_that_was_applied_too_early_costs_no_state(cluster: Cluster) -> None:
+    """Then the init container of the new process has made empty parts on its volume."""
+    cluster.want(3)
+    new = cluster.home / "volumes" / "recovery-fraud-scoring-2"
+    new.mkdir()
+    split(new / "recovery", 2, 3, PARTS)
+    cluster.change(claims={**cluster.state["claims"], new.name: {}}, replicas=3)
+    done = cluster.rescale()
+    assert done.returncode == 0, done.stderr
+    cluster.check(3)
+
+
+def test_what_the_server_does_not_take_stops_nothing(cluster: Cluster) -> None:
+    cluster.want(3)
+    cluster.change(refuses=True)
+    done = cluster.rescale()
+    assert done.returncode == 1
+    assert "does not take" in done.stderr
+    cluster.check(2)
 
 
 def test_what_contradicts_itself_changes_nothing(cluster: Cluster) -> None:
     cluster.want(3, said=2)
     done = cluster.rescale()
     assert done.returncode == 1
-    assert "contradicts itself: replicas 3, PROCESSES 2, 3 lines of hosts" in done.stderr
+    assert "contradicts itself: replicas 3, PROCESSES 2, hosts fraud-scoring-0." in done.stderr
+    cluster.want(3)
+    file = cluster.overlay / "hosts"
+    file.write_text(file.read_text().replace("scoring-2", "scoring-1"))
+    assert "contradicts itself: replicas 3, PROCESSES 3" in cluster.rescale().stderr
     cluster.check(2)
     cluster.want(0)
     assert "say how many processes" in cluster.rescale().stderr

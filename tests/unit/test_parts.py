@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import sqlite3
@@ -110,13 +111,83 @@ def test_moving_keeps_every_part(tmp_path: Path, seed: int) -> None:
             split(directories[number], number, processes, PARTS)
 
 
-@pytest.mark.parametrize("at", range(1, 6))
-def test_a_move_that_was_killed_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_empty_parts_that_a_new_process_made_give_way(tmp_path: Path) -> None:
+    """Its init container does that, if the overlay is applied before the parts are moved."""
     directories = [*cluster(tmp_path, 2), tmp_path / "process-2"]
     mark(directories[:2])
     before = marks(directories[:2])
+    split(directories[2], 2, 3, PARTS)
+    for processes in (3, 2):
+        move(directories, processes)
+        assert placed(directories) == {n: n % processes for n in range(PARTS)}
+        assert marks(directories) == before
+
+
+def test_of_two_parts_with_other_content_none_is_taken(tmp_path: Path) -> None:
+    directories = [*cluster(tmp_path, 2), tmp_path / "process-2"]
+    mark(directories[:2])
+    directories[2].mkdir()
+    stale = directories[2] / "part-2.sqlite3"  # a backup, restored to where it does not belong
+    shutil.copy(directories[0] / "part-2.sqlite3", stale)
+    with closing(sqlite3.connect(directories[0] / "part-2.sqlite3")) as connection, connection:
+        connection.execute("INSERT INTO exs VALUES ('now', 99, 1, 1)")
+    before = marks(directories[:2])
+    with pytest.raises(RecoveryError, match="same part with different content: delete the one"):
+        move(directories, 3)
+    assert marks(directories[:2]) == before
+    stale.unlink()
+    move(directories, 3)
+    assert marks(directories) == before
+
+
+@pytest.mark.parametrize("at", range(1, 30))
+def test_a_flow_goes_on_after_a_move_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """With the old number: then what the move had copied is of no use to the next one.
+
+    With the new number, or if a part is missing here, no process starts.
+    """
+    directories = [*cluster(tmp_path, 2), tmp_path / "process-2"]
+    mark(directories[:2])
+    killed(monkeypatch, at, directories, 3)
+    ready = [all_parts_are_there(directories[n], n, 2) for n in range(2)]
+    if all(ready):
+        with closing(sqlite3.connect(directories[0] / "part-2.sqlite3")) as connection, connection:
+            connection.execute("INSERT INTO exs VALUES ('now', 99, 1, 1)")
+    elif not all_parts_are_there(directories[2], 2, 3):
+        with pytest.raises(RecoveryError, match=r"cut short|lacks"):
+            split(directories[2], 2, 3, PARTS)
+    move(directories, 3)
+    assert placed(directories) == {n: n % 3 for n in range(PARTS)}
+    assert marks(directories) == {
+        f"part-{n}.sqlite3": [n, 99] if n == 2 and all(ready) else [n] for n in range(PARTS)
+    }
+    for number in range(3):
+        split(directories[number], number, 3, PARTS)
+
+
+@pytest.mark.parametrize("at", range(1, 30, 2))
+@pytest.mark.parametrize("then", [2, 3, 4])
+def test_a_move_that_was_killed_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, then: int
+) -> None:
+    directories = [*cluster(tmp_path, 2), *(tmp_path / f"process-{n}" for n in (2, 3))]
+    mark(directories[:2])
+    before = marks(directories[:2])
+    killed(monkeypatch, at, directories, 3)
+    killed(monkeypatch, at, directories, 4)
+    move(directories, then)
+    assert placed(directories) == {n: n % then for n in range(PARTS)}
+    assert marks(directories) == before
+    for number in range(then):
+        split(directories[number], number, then, PARTS)
+
+
+def killed(
+    monkeypatch: pytest.MonkeyPatch, at: int, directories: list[Path], processes: int
+) -> None:
+    """Move, and be killed before something is copied, renamed or deleted: the `at`-th of these."""
     steps = 0
 
     class Killed(BaseException):
@@ -133,13 +204,15 @@ def test_a_move_that_was_killed_is_finished(
         return call
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", killed_at_some_point(Path.unlink))
-        patched.setattr(shutil, "copyfileobj", killed_at_some_point(shutil.copyfileobj))
-        with pytest.raises(Killed):
-            move(directories, 3)
-    move(directories, 3)
-    assert placed(directories) == {n: n % 3 for n in range(PARTS)}
-    assert marks(directories) == before
+        for owner, name in ((Path, "unlink"), (Path, "rename"), (shutil, "copyfileobj")):
+            patched.setattr(owner, name, killed_at_some_point(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            move(directories, processes)
+
+
+def all_parts_are_there(directory: Path, process: int, processes: int) -> bool:
+    mine = {f"part-{n}.sqlite3" for n in range(process, PARTS, processes)}
+    return mine == {path.name for path in recovery.parts_of(directory)}
 
 
 def test_what_a_killed_process_left_in_the_log_moves_too(tmp_path: Path) -> None:
