@@ -185,6 +185,26 @@ def test_nothing_listens_but_us(rendered: list[dict[str, Any]], flow: dict[str, 
     }
 
 
+def test_prometheus_finds_the_flow_under_the_name_that_alerts_know(
+    rendered: list[dict[str, Any]], flow: dict[str, Any]
+) -> None:
+    monitor = yaml.safe_load((WAXCTL / "podmonitor.yaml").read_text())
+    labels = of_kind(rendered, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert monitor["metadata"]["namespace"] == FLAGS["namespace"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in flow["ports"]}
+    rules = (ROOT / "k8s" / "monitoring" / "rules.yaml").read_text()
+    (job,) = set(re.findall(r'job="([^"]+)"', rules))
+    assert labels[monitor["spec"]["jobLabel"]] == job
+
+
+def test_values_name_the_target_that_the_readme_builds() -> None:
+    (target,) = set(re.findall(r"--target (\w+)", (WAXCTL / "README.md").read_text()))
+    assert f"the Dockerfile's target {target}," in (WAXCTL / "values.yaml").read_text()
+    assert f" AS {target}\n" in (ROOT / "Dockerfile").read_text()
+
+
 def test_the_grace_period_covers_a_drain(pod: dict[str, Any], flow: dict[str, Any]) -> None:
     """A drain waits for the end of the epoch, and for the brokers to take what is under way."""
     env = {variable["name"]: variable.get("value") for variable in flow["env"]}
