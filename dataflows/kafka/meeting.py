@@ -25,6 +25,7 @@ from __future__ import annotations
 import http.client
 import logging
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +54,22 @@ _TELL_WITHIN_S = 30.0
 #: The same, if nobody listens at its address: it has died, and so must the others.
 _GONE_AFTER_S = 0.5
 _OF_ANOTHER_CLUSTER = 409
+#: How long the name of this process may be unknown: a pod's is published after its start, and who
+#: asked too early is told so again for as long as the name servers remember.
+_NAME_WITHIN_S, _NAME_EVERY_S = 60.0, 1.0
+
+
+def _await_name(host: str) -> None:
+    """Return when a name is known, or when it is time to say that it is not."""
+    deadline = time.monotonic() + _NAME_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            socket.getaddrinfo(host, None)
+        except socket.gaierror as error:
+            logger.warning("the name of this process, %s, is not known yet: %s", host, error)
+            time.sleep(_NAME_EVERY_S)
+        else:
+            return
 
 
 class _Hello(msgspec.Struct):
@@ -106,6 +123,7 @@ class Meeting:
         self._agreed = False
         self._lock = threading.Lock()
         app = Starlette(routes=[Route(_PATH, self._answer, methods=["POST"])])
+        _await_name(addresses[process][0])
         self._server = serve(app, *addresses[process])
 
     def meet(self) -> list[bytes]:

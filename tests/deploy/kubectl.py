@@ -2,7 +2,7 @@
 
 `KUBECTL_STATE` is the directory: ``cluster.json`` (claims, Jobs, what was called) and
 ``volumes/CLAIM``, the content of each claim. `KUBECTL` is the real one; it builds kustomizations.
-``fail_at`` in ``cluster.json``: the number of the call, from 0, that is killed before it does
+``fail_at`` in ``cluster.json``: the number of the call, from 0, that fails before it does
 anything.
 """
 

@@ -98,6 +98,7 @@ def flow(pod: dict[str, Any]) -> dict[str, Any]:
 def test_flags_and_values_name_the_same_image() -> None:
     image = VALUES["image"]
     assert (FLAGS["image-repository"], FLAGS["image-tag"]) == (image["repository"], image["tag"])
+    assert VALUES["imagePullSecrets"] == [{"name": FLAGS["image-pull-secret"]}]
     assert FLAGS["processes"] == VALUES["configuration"]["processesCount"] == 1
     assert FLAGS["workers"] == VALUES["configuration"]["workersPerProcess"] == 1
     assert image["tag"] not in ("", "latest")

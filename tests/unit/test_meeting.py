@@ -15,6 +15,7 @@ from dataflows.kafka import meeting as module
 from dataflows.kafka.meeting import Meeting
 from dataflows.kafka.meeting import _Outcome as Outcome
 from dataflows.kafka.peers import Peers, PeersError
+from dataflows.serve import ServeError
 from tests.kafka.client import await_that
 
 #: Starts process n of so many, with what it has found.
@@ -62,6 +63,27 @@ def test_all_hear_what_all_have_found(
         time.sleep(0.05)
     for each in waiting:
         assert each.result(10) == [b'"0"', b'"1"', b'"2"']
+
+
+def test_the_own_name_may_be_published_late(come: Come, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a pod is, a while after its start."""
+    monkeypatch.setattr(module, "_NAME_EVERY_S", 0.01)
+    look_up, unknown = socket.getaddrinfo, 3
+
+    def later(host: str, *more: object, **named: object) -> object:
+        nonlocal unknown
+        if host == "127.0.0.1" and unknown:
+            unknown -= 1
+            raise socket.gaierror(-2, "Name or service not known")
+        return look_up(host, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", later)
+    one = come(0, b"0", 1)
+    assert one.meet() == [b"0"]
+    monkeypatch.setattr(module, "_NAME_WITHIN_S", 0.05)
+    unknown = 1_000_000
+    with pytest.raises(ServeError, match="Name or service not known"):
+        come(0, b"0", 1)
 
 
 def test_what_a_process_found_that_has_died_since_is_not_gone_by(
